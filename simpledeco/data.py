@@ -104,13 +104,13 @@ def funfacts(n=400):
 def story(
     words=60, # length of a passage
 ):
-    "Consecutive passages of one story; the group is the part of the text that a passage lies in"
+    "Consecutive passages of one story; the group is the passage, named after the part it lies in"
     text = files('reasoning_gym').joinpath('data/in_the_year_2889.txt').read_text(encoding='utf-8')
     body = re.split(r'\*\*\* (?:START|END) OF .*?\*\*\*', text)[1].split()
     passages = [' '.join(body[i:i+words]) for i in range(0, len(body), words)]
     part = lambda i: ('train', 'calibration', 'test')[(i >= .6*len(passages)) + (i >= .8*len(passages))]
     for i,(a,b) in enumerate(zip(passages, passages[1:])):
-        if part(i) == part(i+1): yield f'{part(i)} part', turns(f'Continue this story:\n\n{a}', b)
+        if part(i) == part(i+1): yield f'{part(i)} passage {i}', turns(f'Continue this story:\n\n{a}', b)
 
 # %% ../nbs/01_data.ipynb #852df6eb
 CORPORA = dict(maths=maths, arithmetic=arithmetic, code=code, chat=chat, story=story, facts=facts, trivia=trivia, funfacts=funfacts)

@@ -27,7 +27,7 @@ def attach(
     if not (math.isfinite(scale) and scale > 0): raise ValueError(f'scale is {scale!r}: it must be a positive number')
     output = model.get_output_embeddings()
     head.to(output.weight.device)
-    hook = lambda module, args, logits: (logits.float()/(scale*head.temperature(args[0]))[..., None]).to(logits.dtype)
+    hook = lambda module, args, logits: (logits.float()/(scale*head.temperature(head.live_inputs(args[0], logits)))[..., None]).to(logits.dtype)
     return output.register_forward_hook(torch.no_grad()(hook))
 
 # %% ../nbs/08_decode.ipynb #12528411

@@ -107,6 +107,9 @@ class TokenTable:
         self.examples = self.info['examples']
         self.shards = [_open_shard(p) for p in self._paths()]
         self.starts = torch.tensor([0] + [len(s['label']) for s in self.shards]).cumsum(0)
+        names = {(x['corpus'], x['group']): None for x in self.examples}
+        number = {name: i for i,name in enumerate(names)}
+        self._groups = torch.tensor([number[x['corpus'], x['group']] for x in self.examples])
         self._columns = {}
 
     def _paths(self):
@@ -116,10 +119,11 @@ class TokenTable:
 
 # %% ../nbs/02_prescan.ipynb #6590dc5b
 def __getitem__(self:TokenTable,
-    name:str, # label, z_max, z_true, gap, rank, entropy, log_z, example, position
+    name:str, # label, z_max, z_true, gap, rank, entropy, log_z, example, group, position
 )->torch.Tensor: # [N] or [N, ...]
     "A whole column"
     if name == 'gap': return self['z_max'] - self['z_true']
+    if name == 'group': return self._groups[self['example'].long()]
     if name not in self._columns: self._columns[name] = torch.cat([s[name] for s in self.shards])
     return self._columns[name]
 
@@ -191,7 +195,7 @@ def _scan_batch(model, encoded, numbers):
 def scan(
     model, # a frozen causal language model
     tokenizer, # with a chat template
-    examples:list, # dicts with id, corpus, split, messages
+    examples:list, # dicts with id, corpus, split, group, messages
     path:str|Path, # folder to write
     batch_tokens:int=2048, # most tokens in a batch, padding included
     shard_examples:int=64, # conversations in a shard
@@ -220,7 +224,7 @@ def _scan_shard(model, encoded, first, path, batch_tokens):
 
 # %% ../nbs/02_prescan.ipynb #74ad3556
 def _table_info(model, examples, encoded, batch_tokens, shard_examples):
-    keep = [{k: x[k] for k in ('id', 'corpus', 'split')} for x in examples]
+    keep = [{k: x[k] for k in ('id', 'corpus', 'split', 'group')} for x in examples]
     return dict(model=fingerprint(model), name=model.config._name_or_path.rstrip('/').split('/')[-1], hidden_size=model.config.hidden_size,
                 vocab_size=model.config.vocab_size, dtype=str(model.dtype), batch_tokens=batch_tokens, shard_examples=shard_examples,
                 tokens=sum(len(ids) for ids,_ in encoded), text=zlib.crc32(json.dumps(encoded).encode()), examples=keep)

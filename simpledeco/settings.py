@@ -59,8 +59,8 @@ def check_fraction(
         raise ValueError(f'{name} is {value!r}: it must lie strictly between 0 and 1')
     return float(value)
 
-# %% ../nbs/00_settings.ipynb #55bf5232
-PARAM_KEYS = dict(profile=str, min_p=float, risk=float, width=int, steps=int, lr=float, seed=int, train_corpora=list, bootstrap=int)
+# %% ../nbs/00_settings.ipynb #c08ac461
+PARAM_KEYS = dict(profile=str, min_p=float, risk=float, width=int, reads=str, steps=int, lr=float, seed=int, train_corpora=str, bootstrap=int)
 
 # %% ../nbs/00_settings.ipynb #476404ef
 def check_params(
@@ -77,7 +77,7 @@ def check_params(
     for k,low in dict(width=0, steps=1, seed=0, bootstrap=1).items():
         if params[k] < low: raise ValueError(f'params.yaml: {k} is {params[k]}: it must be at least {low}')
     if not params['lr'] > 0: raise ValueError(f'params.yaml: lr is {params["lr"]}: it must be positive')
-    _check_corpora(params['train_corpora'], corpora)
+    _check_corpora(params['train_corpora'].split(), corpora)
     return params
 
 # %% ../nbs/00_settings.ipynb #72b23401

