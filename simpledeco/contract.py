@@ -12,6 +12,7 @@ import copy, math
 import torch
 
 from .evaluate import cluster_mean
+from .head import check_min_p
 from .loss import required_temperature
 from .settings import check_fraction
 
@@ -21,7 +22,7 @@ def conformal_offset(
     group:torch.Tensor, # [N] the group of each token
     risk:float, # the share of true tokens one accepts to lose
 )->float: # the offset to add to every prediction
-    "The (1 - risk) quantile with equal weight for each group and one group's weight at infinity"
+    "The (1 - risk) quantile with equal weight for each group and one group's weight at infinity (Lee, Barber and Willett 2023, hierarchical conformal prediction)"
     check_fraction('risk', risk)
     ids, inverse, n = group.unique(return_inverse=True, return_counts=True)
     needed = math.ceil(1/risk - 1 - 1e-9)
@@ -51,7 +52,7 @@ def calibrate(
     risk:float, # the share of true tokens one accepts to lose
     corpora=None, # the corpora that stand for what the head will meet; None: all
 )->'TemperatureHead': # a copy of the head with its offset and risk set
-    "Set the offset of a head on the unfiltered calibration split, so that a random token of a new group survives with probability >= 1 - risk"
+    "Set the offset of a head on the unfiltered calibration split, so that a random token of a new group survives with probability >= 1 - risk (CQR, Romano et al. 2019)"
     rows = table.rows(corpora, ['calibration'])
     delta = conformal_offset(scores(head, table, rows), table['group'][rows], risk)
     if math.isinf(delta): raise ValueError(f'{risk:.1%} of true tokens or more need a temperature above t_max = {head.t_max}: train a head with a larger t_max or accept more risk')
@@ -75,12 +76,10 @@ def coverage(
     bootstrap:int=1000,
 )->dict: # {corpus: {'groups': ..., 'tokens': ...}}, each with mean, lo, hi, n, groups
     "The share of true tokens kept, by corpus: with equal weight for each group, as promised, and for each token"
-    if min_p is not None and not math.isclose(min_p, head.min_p):
-        raise ValueError(f'the head was trained and calibrated for min_p {head.min_p}, decoding uses {min_p}: calibrate again or decode with {head.min_p}')
-    out = {}
+    out, min_p = {}, check_min_p(head, min_p)
     for corpus in corpora or dict.fromkeys(x['corpus'] for x in table.examples):
         rows = table.rows([corpus], list(splits))
-        kept = (required_temperature(table['gap'][rows], head.min_p) <= head.temperature(head.inputs(table, rows))).float()
+        kept = (required_temperature(table['gap'][rows], min_p) <= head.temperature(head.inputs(table, rows))).float()
         out[corpus] = two_levels(kept, table['group'][rows], bootstrap)
     return out
 

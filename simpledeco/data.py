@@ -213,8 +213,8 @@ def _pieces(example, tokenizer):
         yield answer + end, True
         done = prompt + answer + end
 
-# %% ../nbs/01_data.ipynb #ce27ff85
-if __name__ == '__main__' and 'ipykernel' not in sys.modules:
+# %% ../nbs/01_data.ipynb #fcdda572
+if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     try:
         root = project_root()
         load_profile(check_params(load_params(root), list(CORPORA))['profile'], root)

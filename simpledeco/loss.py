@@ -21,7 +21,7 @@ def required_temperature(
     gap:torch.Tensor, # [...] z_max - z_true, in nats, >= 0
     min_p:float, # the threshold of min-p sampling
 )->torch.Tensor: # [...] the smallest temperature at which the true token survives
-    "T* = gap / log(1/min_p). Raises `ValueError` for negative or non-finite gaps, or min_p outside (0, 1)"
+    "T* = gap / log(1/min_p) (paper, proposition 1). Raises `ValueError` for negative or non-finite gaps, or min_p outside (0, 1)"
     check_fraction('min_p', min_p)
     if not (torch.isfinite(gap).all() and (gap >= 0).all()): raise ValueError('gaps must be finite and not negative: gap = z_max - z_true')
     return gap/math.log(1/min_p)
@@ -67,7 +67,7 @@ def minimum_sufficient_hinge(
     risk:float=0.05, # the share of true tokens one accepts to lose
     reduction:str='mean', # 'mean', 'sum' or 'none'
 )->torch.Tensor: # scalar, or [...] with reduction='none'
-    "risk * T + max(0, T* - T): quantile regression of the required temperature"
+    "risk * T + max(0, T* - T): quantile regression of the required temperature (paper, equation 1; Koenker and Bassett 1978). Raises `ValueError` for a bad risk, min_p or gap"
     check_fraction('risk', risk)
     loss = risk*temperature + F.relu(required_temperature(gap, min_p) - temperature)
     if reduction not in ('mean', 'sum', 'none'): raise ValueError(f"reduction {reduction!r} is not 'mean', 'sum' or 'none'")

@@ -6,8 +6,8 @@ a notebook twice gives the same file."""
 # %% auto #0
 __all__ = ['flatten', 'read_metrics', 'show_number', 'used_numbers', 'numbers_tex', 'table_tex', 'normalise', 'readme']
 
-# %% ../nbs/13_paper.ipynb #ccce5f8d
-import argparse, json, re, sys
+# %% ../nbs/13_paper.ipynb #53884073
+import argparse, json, re
 from pathlib import Path
 
 import nbformat
@@ -32,9 +32,10 @@ def read_metrics(
 def show_number(
     value, # number or text
 )->str: # LaTeX
-    "Three significant places, thousands separated; text as it is"
+    "Settings such as 0.05 as they are, measurements with three places, thousands separated, text as it is"
     if isinstance(value, str): return value.replace('_', r'\_')
     if isinstance(value, int): return f'{value:,}'
+    if value == round(value, 2): return f'{value:g}'
     size = abs(value)
     return f'{value:,.0f}' if size >= 1000 else f'{value:.1f}' if size >= 100 else f'{value:.2f}' if size >= 1 else f'{value:.3f}'
 
@@ -97,10 +98,11 @@ def readme(
 )->str: # Markdown
     "The front page as Markdown"
     from nbconvert import MarkdownExporter
-    return MarkdownExporter().from_notebook_node(notebook)[0].strip() + '\n'
+    notebook.metadata.language_info = dict(name='python')
+    return re.sub(r'\n{3,}', '\n\n', MarkdownExporter().from_notebook_node(notebook)[0]).strip() + '\n'
 
-# %% ../nbs/13_paper.ipynb #8c535814
-if __name__ == '__main__' and 'ipykernel' not in sys.modules:
+# %% ../nbs/13_paper.ipynb #a960286e
+if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     parser = argparse.ArgumentParser(description='Normalise executed notebooks in place.')
     parser.add_argument('notebooks', nargs='*', help='executed notebooks')
     parser.add_argument('--readme', nargs=2, metavar=('NOTEBOOK', 'README'), help='write a README from a notebook')

@@ -115,7 +115,7 @@ def plot_contract(
             for k,((rows,head),g) in enumerate(table[table.corpus == name].groupby(['rows', 'head'], sort=False)):
                 shift = .004*(k - 1.5)
                 ax.errorbar(1 - g.risk + shift, g.covered, [g.covered - g.lo, g.hi - g.covered], fmt='os^D'[k], color='k', mfc='w' if head == 'as trained' else 'k', lw=.6, label=f'{rows}, {head}')
-            ax.set_title(name, fontsize=8); ax.set_xticks([.8, .9, .95, 1])
+            ax.set_title(name, fontsize=8); ax.set_xticks([.8, .9, 1])
         fig.supxlabel('promised', fontsize=8); axes[0, 0].set_ylabel('kept')
         fig.legend(*axes[0, 0].get_legend_handles_labels(), ncol=4, loc='outside upper center')
     plt.close(fig)
@@ -128,14 +128,17 @@ def plot_efficiency(
     "What coverage costs: candidates and expected probability, for calibrated heads and for static temperatures"
     names = list(dict.fromkeys(table.corpus))
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(2, len(names), figsize=(6.3, 3.2), constrained_layout=True, sharey='row', squeeze=False)
+        fig, axes = plt.subplots(2, len(names), figsize=(6.3, 3.2), constrained_layout=True, squeeze=False)
         for column,name in zip(axes.T, names):
             here = table[(table.corpus == name) & (table['head'] != 'as trained')]
             for ax,y in zip(column, ('candidates', 'p_true')):
                 for (rows,g),mark in zip(here.groupby('rows', sort=False), ('o-', 's--', '.:')):
                     g = g.sort_values('covered')
                     ax.plot(g.covered, g[y], mark, color='.5' if rows == 'static' else 'k', mfc='w' if mark[0] == 's' else None, label='static T' if rows == 'static' else f'{rows}, calibrated')
-            column[0].set_yscale('log'); column[0].set_title(name, fontsize=8)
+            low = here[here.rows != 'static'].covered.min() - .02
+            for ax in column: ax.set_xlim(low, 1.005)
+            shown = here[here.covered > low]
+            column[0].set(yscale='log', title=name, ylim=(.8*shown.candidates.min(), 150)); column[1].set_ylim(0, 1.05*shown.p_true.max())
         axes[0, 0].set_ylabel('candidates'); axes[1, 0].set_ylabel('expected probability'); fig.supxlabel('share of true tokens kept', fontsize=8)
         fig.legend(*axes[0, 0].get_legend_handles_labels(), ncol=3, loc='outside upper center')
     plt.close(fig)

@@ -225,7 +225,7 @@ def _scan_shard(model, encoded, first, path, batch_tokens):
 # %% ../nbs/02_prescan.ipynb #74ad3556
 def _table_info(model, examples, encoded, batch_tokens, shard_examples):
     keep = [{k: x[k] for k in ('id', 'corpus', 'split', 'group')} for x in examples]
-    return dict(model=fingerprint(model), name=model.config._name_or_path.rstrip('/').split('/')[-1], hidden_size=model.config.hidden_size,
+    return dict(model=fingerprint(model), hidden_size=model.config.hidden_size,
                 vocab_size=model.config.vocab_size, dtype=str(model.dtype), batch_tokens=batch_tokens, shard_examples=shard_examples,
                 tokens=sum(len(ids) for ids,_ in encoded), text=zlib.crc32(json.dumps(encoded).encode()), examples=keep)
 

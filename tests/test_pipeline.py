@@ -45,7 +45,7 @@ def test_second_run_does_nothing(finished):
 def test_running_again_gives_the_same_bytes(finished):
     "Executed notebooks are normalised and training is deterministic"
     folder, _ = finished
-    files = [folder/'build/evaluate.ipynb', folder/'metrics/evaluate.json', folder/'paper/figures/v_curve.pdf', *(folder/'heads/mix').iterdir()]
+    files = [folder/'build/evaluate.ipynb', folder/'metrics/evaluate.json', folder/'paper/figures/v_curve.pdf', *(folder/'heads/logits-mix').iterdir()]
     before = {p: p.read_bytes() for p in files}
     run('dvc', 'repro', '--force', '--single-item', 'train', 'evaluate', 'figures', cwd=folder)
     for p in files: assert p.read_bytes() == before[p], p
