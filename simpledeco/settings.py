@@ -25,7 +25,7 @@ def project_root(
     raise FileNotFoundError(f'no settings.ini in {start} or above it: run this inside a clone of simpledeco')
 
 # %% ../nbs/00_settings.ipynb #d7a942d5
-PROFILE_KEYS = dict(model=str, sha256=str, max_examples=int, device=str, dtype=str, batch_tokens=int, shard_examples=int)
+PROFILE_KEYS = dict(model=str, sha256=str, max_examples=int, prompts=int, test_prompts=int, samples=int, device=str, dtype=str, batch_tokens=int, shard_examples=int)
 
 # %% ../nbs/00_settings.ipynb #829fbfdb
 def load_profile(
@@ -60,7 +60,7 @@ def check_fraction(
     return float(value)
 
 # %% ../nbs/00_settings.ipynb #c08ac461
-PARAM_KEYS = dict(profile=str, min_p=float, risk=float, width=int, reads=str, steps=int, lr=float, seed=int, train_corpora=str, bootstrap=int)
+PARAM_KEYS = dict(profile=str, min_p=float, risk=float, answer_risk=float, scale=float, width=int, reads=str, steps=int, lr=float, seed=int, train_corpora=str, bootstrap=int)
 
 # %% ../nbs/00_settings.ipynb #476404ef
 def check_params(
@@ -73,10 +73,11 @@ def check_params(
     for k,t in PARAM_KEYS.items():
         ok = isinstance(params[k], (int, float) if t is float else t) and not isinstance(params[k], bool)
         if not ok: raise ValueError(f'params.yaml: {k} is {params[k]!r}, which is not of type {t.__name__}')
-    for k in ('min_p', 'risk'): check_fraction(k, params[k])
+    for k in ('min_p', 'risk', 'answer_risk'): check_fraction(k, params[k])
     for k,low in dict(width=0, steps=1, seed=0, bootstrap=1).items():
         if params[k] < low: raise ValueError(f'params.yaml: {k} is {params[k]}: it must be at least {low}')
-    if not params['lr'] > 0: raise ValueError(f'params.yaml: lr is {params["lr"]}: it must be positive')
+    for k in ('lr', 'scale'):
+        if not params[k] > 0: raise ValueError(f'params.yaml: {k} is {params[k]}: it must be positive')
     _check_corpora(params['train_corpora'].split(), corpora)
     return params
 
