@@ -57,6 +57,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'simpledeco.head.temperature': ('head.html#temperature', 'simpledeco/head.py')},
             'simpledeco.hub': { 'simpledeco.hub._cannot_open': ('hub.html#_cannot_open', 'simpledeco/hub.py'),
                                 'simpledeco.hub._is_conversation': ('hub.html#_is_conversation', 'simpledeco/hub.py'),
+                                'simpledeco.hub._readable': ('hub.html#_readable', 'simpledeco/hub.py'),
                                 'simpledeco.hub._rows': ('hub.html#_rows', 'simpledeco/hub.py'),
                                 'simpledeco.hub._split': ('hub.html#_split', 'simpledeco/hub.py'),
                                 'simpledeco.hub.deepmath': ('hub.html#deepmath', 'simpledeco/hub.py'),

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from datasets import get_dataset_config_names, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from .data import SPLITS, load_examples, split_of, turns
@@ -111,17 +110,19 @@ def open_corpus(
     root:str|Path, # a folder is relative to this
 ): # datasets.IterableDatasetDict
     "Open a corpus for streaming. Raises `OSError` with what to do when that fails"
+    from datasets import get_dataset_config_names, load_dataset
     where, revision = split_source(source)
     folder, config = Path(root)/where, SCHEMAS[name].config
     try:
         if not folder.is_dir(): return load_dataset(where, config, revision=revision, streaming=True)
         if config not in get_dataset_config_names(str(folder)): config = None
         return load_dataset(str(folder), config, streaming=True)
-    except (OSError, ValueError) as e: raise OSError(_cannot_open(name, source, e)) from e
+    except (OSError, ValueError, StopIteration) as e: raise OSError(_cannot_open(name, source, e)) from e
 
 # %% ../nbs/01b_hub.ipynb #9868f82a
 def _cannot_open(name, source, error):
-    return (f'cannot open corpus {name} = {source}: {str(error).splitlines()[0]}\n'
+    reason = ' '.join(str(error).split())[:300] or 'it is empty'
+    return (f'cannot open corpus {name} = {source}: {reason}\n'
             'Is the name in [corpora] of settings.ini right? Is the hub reachable? A gated corpus needs its licence accepted on its page and `hf auth login`. '
             'On a machine without internet: `hf download --repo-type dataset NAME --revision COMMIT --local-dir FOLDER` on one that has it, and put FOLDER into settings.ini')
 
@@ -135,12 +136,19 @@ def _split(name, group, is_test, has_test):
 def _rows(name, data, split):
     "Adapted rows of a split of the hub, shuffled; refuses other columns and rows that do not fit them"
     schema = SCHEMAS[name]
-    for i,row in enumerate(data[split].shuffle(seed=0, buffer_size=10_000)):
+    for i,row in enumerate(_readable(name, data[split].shuffle(seed=0, buffer_size=10_000))):
         missing = [c for c in schema.columns if c not in row]
         if missing: raise ValueError(f'corpus {name} has no columns {missing}, it has {sorted(row)}: is settings.ini [corpora] right?')
-        try: made = schema.adapt({c: row[c] for c in schema.columns})
+        try:
+            made = schema.adapt({c: row[c] for c in schema.columns})
+            if made and _is_conversation(made[1]): yield made
         except (TypeError, KeyError, IndexError, AttributeError) as e: raise ValueError(f'corpus {name}, split {split}: row {i} does not fit the schema ({e!r})') from e
-        if made and _is_conversation(made[1]): yield made
+
+# %% ../nbs/01b_hub.ipynb #c93e964e
+def _readable(name, stream):
+    "The rows of a stream; a broken file or connection is named"
+    try: yield from stream
+    except (OSError, ValueError) as e: raise OSError(f'corpus {name} cannot be read to its end: {" ".join(str(e).split())[:300]}\nFetch it again') from e
 
 # %% ../nbs/01b_hub.ipynb #eac05817
 def _is_conversation(messages):
