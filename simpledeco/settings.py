@@ -72,7 +72,8 @@ def split_source(
     source:str, # NAME@REVISION, NAME or a folder
 )->tuple: # (name, revision or None)
     "Cut the revision off the name of a repository"
-    name, _, revision = source.partition('@')
+    name, at, revision = source.rpartition('@')
+    if not at or '/' in revision: name, revision = source, ''
     if not name: raise ValueError(f'{source!r} names no repository and no folder')
     return name, revision or None
 
