@@ -307,8 +307,8 @@ def _start(path, info):
 
 # %% ../nbs/02_prescan.ipynb #e044bf56
 def _processes():
-    "This process among those of `accelerate launch`. Shards may take long, so nobody gives up waiting for the others"
-    return PartialState(timeout=timedelta(days=30))
+    "This process among those of `accelerate launch` or torchrun. Shards may take long, so nobody gives up waiting for the others"
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
 # %% ../nbs/02_prescan.ipynb #96ab455b
 def _on_first(me, action):

@@ -1,6 +1,6 @@
-"Two processes of `accelerate launch` write one table; it is the table of a single process, byte for byte"
-import os, subprocess, sys
+"""Two processes write one table; it is the table of a single process, byte for byte.
 
+`accelerate launch` starts torchrun on GPUs, but a single process on a CPU; so torchrun is called here."""
 from conftest import ROOT, run
 
 from simpledeco.data import load_examples
@@ -29,9 +29,7 @@ def contents(folder): return {p.name: p.read_bytes() for p in sorted(folder.iter
 
 def launch(tmp_path, *args, check=True):
     (tmp_path/'run.py').write_text(SCAN)
-    port = str(20000 + os.getpid() % 20000)
-    return run('accelerate', 'launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', port,
-               tmp_path/'run.py', ROOT, *args, cwd=ROOT, check=check, timeout=300)
+    return run('torchrun', '--standalone', '--nproc_per_node', '2', tmp_path/'run.py', ROOT, *args, cwd=ROOT, check=check, timeout=300)
 
 
 def test_two_processes_make_the_table_of_one(tmp_path):
