@@ -1,11 +1,13 @@
 "What a user sees when something is wrong"
-import json, os, shutil, signal, subprocess, sys, time
+import json, multiprocessing, os, resource, shutil, signal, subprocess, sys, time
 from random import Random
 
 import pytest, torch
 from conftest import ROOT, run
 
+from simpledeco.contract import calibrate, coverage
 from simpledeco.data import load_examples
+from simpledeco.head import TemperatureHead
 from simpledeco.model import build_model, load_model
 from simpledeco.prescan import TokenTable, scan
 from simpledeco.settings import load_profile
@@ -39,104 +41,111 @@ def test_an_unknown_parameter_is_named(tmp_path):
 KILLS = int(os.environ.get('SIMPLEDECO_KILLS', 2)) # of each kind; `make faults` asks for many
 COUNTS = {}
 
-SCAN = '''
-m, t = load_model(root/'models/smoke')
-print('go', flush=True)
-scan(m, t, load_examples(root, 3), out/'table', shard_examples=4, progress=False)
-'''
-TRAIN = '''
-table = TokenTable(out.parent/'whole/table')
-print('go', flush=True)
-head = fit(table, steps=60, width=16)
-head.save_pretrained(out/'head')
-'''
-EVALUATE = '''
-table, head = TokenTable(out.parent/'whole/table'), TemperatureHead.from_pretrained(out.parent/'whole/head')
-print('go', flush=True)
-result = dict(calibrated=coverage(calibrate(head, table, .3), table, bootstrap=300), plain=coverage(head, table, bootstrap=300))
-(out/'coverage.json').write_text(json.dumps(result))
-'''
-IMPORTS = '''
-import json, sys, torch
-from pathlib import Path
-from simpledeco.contract import calibrate, coverage
-from simpledeco.data import load_examples
-from simpledeco.head import TemperatureHead
-from simpledeco.model import load_model
-from simpledeco.prescan import TokenTable, scan
-from simpledeco.train import fit
-torch.set_num_threads(1)
-root, out = Path(sys.argv[1]), Path(sys.argv[2])
-out.mkdir(exist_ok=True)
-'''
+def scanning(out): scan(*load_model(ROOT/'models/smoke'), load_examples(ROOT, 3), out/'table', shard_examples=4, progress=False)
 
 
-def start(code, out):
-    "A process that has imported everything and is about to do the work"
-    p = subprocess.Popen([sys.executable, '-c', IMPORTS + code, str(ROOT), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-    assert p.stdout.readline() == b'go\n', p.communicate()[1].decode()
+def training(out): fit(TokenTable(out.parent/'whole/table'), steps=60, width=16).save_pretrained(out/'head')
+
+
+def evaluating(out):
+    table, head = TokenTable(out.parent/'whole/table'), TemperatureHead.from_pretrained(out.parent/'whole/head')
+    result = dict(calibrated=coverage(calibrate(head, table, .3), table, bootstrap=300), plain=coverage(head, table, bootstrap=300))
+    (out/'coverage.json').write_text(json.dumps(result))
+
+
+def small_files(out):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+    scanning(out)
+
+
+def job(work, out, ready):
+    "What a started process does; an error goes into a file"
+    torch.set_num_threads(1)
+    out.mkdir(exist_ok=True)
+    ready.set()
+    try: work(out)
+    except (OSError, ValueError) as e:
+        (out/'error.txt').write_text(str(e))
+        sys.exit(1)
+
+
+# a server that has imported everything already starts each process, so that a kill costs what the work costs
+SERVER = multiprocessing.get_context('forkserver')
+SERVER.set_forkserver_preload(['simpledeco.contract', 'simpledeco.prescan', 'simpledeco.train'])
+
+
+def start(work, out):
+    "A process that is about to do the work"
+    ready = SERVER.Event()
+    p = SERVER.Process(target=job, args=(work, out, ready))
+    p.start()
+    assert ready.wait(120)
     return p
 
 
-def contents(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix != '.lock'}
+def finish(work, out):
+    "The exit code of a run that is left alone"
+    p = start(work, out)
+    p.join(300)
+    return p.exitcode
+
+
+def contents(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix not in ('.lock', '.txt')}
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory, smoke):
     "What undisturbed runs give, and how long each takes"
     folder, seconds = tmp_path_factory.mktemp('faults'), {}
-    for name,code in dict(scan=SCAN, train=TRAIN, evaluate=EVALUATE).items():
-        p, begin = start(code, folder/'whole'), time.time()
-        assert p.wait(300) == 0, p.stderr.read().decode()
-        seconds[name] = time.time() - begin
+    for work in (scanning, training, evaluating):
+        begin = time.time()
+        assert finish(work, folder/'whole') == 0
+        seconds[work] = time.time() - begin
     return folder, seconds
 
 
-@pytest.mark.parametrize('name, code, made', [('scan', SCAN, 'table'), ('train', TRAIN, 'head'), ('evaluate', EVALUATE, 'coverage.json')])
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(whole, name, code, made):
+@pytest.mark.parametrize('work, made', [(scanning, 'table'), (training, 'head'), (evaluating, 'coverage.json')])
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(whole, work, made):
     "kill -9 at random moments, again and again; then one run to the end"
     folder, seconds = whole
-    random, out, count = Random(0), folder/f'killed-{name}', dict(kills=0, too_late=0)
-    good = contents(folder/'whole')
-    for _ in range(KILLS):
-        p = start(code, out)
-        try: p.wait(random.uniform(0, 1)*seconds[name])
-        except subprocess.TimeoutExpired: p.send_signal(signal.SIGKILL)
-        count['kills' if p.wait() == -signal.SIGKILL else 'too_late'] += 1
-        if name == 'scan': # a shard that has its name is whole
+    random, name = Random(0), work.__name__
+    out, good, count = folder/f'killed-{name}', contents(folder/'whole'), dict(kills=0, too_late=0)
+    while count['kills'] < KILLS:
+        p = start(work, out)
+        p.join(random.uniform(0, seconds[work]))
+        p.kill(); p.join()
+        count['kills' if p.exitcode else 'too_late'] += 1
+        if work is scanning: # a shard that has its name is whole
             for file,data in contents(out).items(): assert file.endswith('.tmp') or data == good[file], file
-        if p.returncode == 0: shutil.rmtree(out)
-    assert count['kills'] or KILLS < 2, count
-    assert start(code, out).wait(300) == 0
-    mine = {k: v for k,v in contents(out).items() if k.split('/')[0] == made}
-    assert mine == {k: v for k,v in good.items() if k.split('/')[0] == made} and mine, 'the same files with the same bytes'
-    COUNTS[name] = dict(count, resumed=1, equal_bytes=True, files=len(mine), seconds=round(seconds[name], 2))
-    if KILLS > 10: (ROOT/'benchmarks/faults.json').write_text(json.dumps(dict(kills_of_each=KILLS, **COUNTS), indent=1) + '\n')
+        if p.exitcode == 0: shutil.rmtree(out)
+    assert finish(work, out) == 0
+    mine, good = ({k: v for k,v in x.items() if k.split('/')[0] == made} for x in (contents(out), good))
+    assert mine == good and mine, 'the same files with the same bytes'
+    COUNTS[name] = dict(count, files=len(mine), bytes_equal=True)
+    if KILLS > 10: (ROOT/'benchmarks/faults.json').write_text(json.dumps(COUNTS, indent=1) + '\n')
 
 
 def test_two_runs_in_one_folder(tmp_path, smoke):
-    "The second is refused while the first runs, and may go on where it was killed"
-    first = start(SCAN, tmp_path/'x')
+    "The second is refused while the first runs, and may go on when that was killed"
+    first = start(scanning, tmp_path/'x')
     while not (tmp_path/'x/table/table.json').exists(): time.sleep(.01)
-    first.send_signal(signal.SIGSTOP) # alive, and holding the folder
+    os.kill(first.pid, signal.SIGSTOP) # alive, and holding the folder
     before = contents(tmp_path/'x')
-    second = start(SCAN, tmp_path/'x')
-    assert second.wait(120) and 'another run is writing' in second.stderr.read().decode()
+    assert finish(scanning, tmp_path/'x') == 1
+    assert 'another run is writing' in (tmp_path/'x/error.txt').read_text()
     assert contents(tmp_path/'x') == before
-    first.send_signal(signal.SIGKILL); first.wait()
-    assert start(SCAN, tmp_path/'x').wait(300) == 0
+    first.kill(); first.join()
+    assert finish(scanning, tmp_path/'x') == 0
     TokenTable(tmp_path/'x/table').verify()
 
 
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path, smoke):
     "No file may grow beyond a limit: the scan stops at a shard, names it, leaves no half of it, and goes on when there is room"
-    limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))\n'
-    p = start(SCAN.replace("print('go', flush=True)", "print('go', flush=True); " + limit), tmp_path/'x')
-    assert p.wait(300) == 1
-    said = p.stderr.read().decode().strip().splitlines()[-1]
+    assert finish(small_files, tmp_path/'x') == 1
+    said = (tmp_path/'x/error.txt').read_text()
     assert 'cannot write' in said and 'shard-00000.safetensors' in said and 'free some space' in said
     assert [x.name for x in (tmp_path/'x/table').iterdir()] == ['table.json']
-    assert start(SCAN, tmp_path/'x').wait(300) == 0
+    assert finish(scanning, tmp_path/'x') == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which('mount'), reason='a small disk needs root')
