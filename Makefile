@@ -47,3 +47,11 @@ notebooks: setup
 clean:
 	rm -rf build/*.ipynb heads tokens models data paper/main.pdf
 	cd paper && (latexmk -c -silent 2>/dev/null || true)
+
+# speed and memory as ratios, in benchmarks/results.json; many kills, in benchmarks/faults.json
+.PHONY: bench faults
+bench: setup
+	python benchmarks/run.py
+
+faults: setup
+	SIMPLEDECO_KILLS=$${SIMPLEDECO_KILLS:-60} python -m pytest tests/test_faults.py -k killed
