@@ -97,14 +97,14 @@ def check_params(
 )->dict: # the same parameters
     "Raise `ValueError`, naming the parameter, when one is unknown, missing, of a wrong type or out of range"
     got, want = set(params), set(PARAM_KEYS)
-    if got != want: raise ValueError(f'params.yaml: unknown {sorted(got-want)}, missing {sorted(want-got)}')
+    if got != want: raise ValueError(f'params.yaml: unknown {sorted(got-want, key=str)}, missing {sorted(want-got)}')
     for k,t in PARAM_KEYS.items():
         ok = isinstance(params[k], (int, float) if t is float else t) and not isinstance(params[k], bool)
         if not ok: raise ValueError(f'params.yaml: {k} is {params[k]!r}, which is not of type {t.__name__}')
     for k in ('min_p', 'risk'): check_fraction(k, params[k])
     for k,low in dict(width=0, steps=1, seed=0, bootstrap=1).items():
         if params[k] < low: raise ValueError(f'params.yaml: {k} is {params[k]}: it must be at least {low}')
-    if not params['lr'] > 0: raise ValueError(f'params.yaml: lr is {params["lr"]}: it must be positive')
+    if not 0 < params['lr'] < float('inf'): raise ValueError(f'params.yaml: lr is {params["lr"]}: it must be positive and finite')
     _check_corpora(params['train_corpora'].split(), corpora)
     return params
 
@@ -118,8 +118,12 @@ def _check_corpora(names, corpora):
 def load_params(
     root:str|Path|None=None, # the project; by default the one around the current folder
 )->dict: # the content of params.yaml, not yet checked
-    "Read params.yaml"
-    return yaml.safe_load(((Path(root) if root else project_root())/'params.yaml').read_text())
+    "Read params.yaml. Raises `ValueError` when it is not a list of names and values"
+    text = ((Path(root) if root else project_root())/'params.yaml').read_text(encoding='utf-8', errors='replace')
+    try: params = yaml.safe_load(text)
+    except yaml.YAMLError as e: raise ValueError(f'params.yaml cannot be read: {" ".join(str(e).split())}') from None
+    if not isinstance(params, dict): raise ValueError(f'params.yaml holds {params!r}, not lines of the form `name: value`')
+    return params
 
 # %% ../nbs/00_settings.ipynb #e6b4a024
 def torch_dtype(
