@@ -15,7 +15,7 @@ from simpledeco.model import build_model, fingerprint, load_model
 from simpledeco.prescan import _batches, _scan_batch
 from simpledeco.settings import load_profile, project_root
 
-ROOT = project_root(Path(__file__).parent)
+ROOT, DVC = project_root(Path(__file__).parent), Path(sys.executable).parent/'dvc'
 
 
 def turns(first, second, rounds, warm=1):
@@ -100,8 +100,8 @@ def training():
 
 def dvc():
     "`dvc repro` when there is nothing to do; None where there is something to do"
-    if subprocess.run(['dvc', 'status', '--quiet'], cwd=ROOT).returncode: return dict(seconds=None, why='the pipeline is not up to date: run dvc repro')
-    start = time.perf_counter(); subprocess.run(['dvc', 'repro', '--quiet'], cwd=ROOT, check=True)
+    if subprocess.run([DVC, 'status', '--quiet'], cwd=ROOT).returncode: return dict(seconds=None, why='the pipeline is not up to date: run dvc repro')
+    start = time.perf_counter(); subprocess.run([DVC, 'repro', '--quiet'], cwd=ROOT, check=True)
     return dict(seconds=time.perf_counter() - start)
 
 
