@@ -117,7 +117,7 @@ def open_corpus(
         if not folder.is_dir(): return load_dataset(where, config, revision=revision, streaming=True)
         if config not in get_dataset_config_names(str(folder)): config = None
         return load_dataset(str(folder), config, streaming=True)
-    except (OSError, ValueError, StopIteration) as e: raise OSError(_cannot_open(name, source, e)) from e
+    except (OSError, ValueError, TypeError, NotImplementedError, StopIteration) as e: raise OSError(_cannot_open(name, source, e)) from e
 
 # %% ../nbs/01b_hub.ipynb #9868f82a
 def _cannot_open(name, source, error):
@@ -148,7 +148,7 @@ def _rows(name, data, split):
 def _readable(name, stream):
     "The rows of a stream; a broken file or connection is named"
     try: yield from stream
-    except (OSError, ValueError) as e: raise OSError(f'corpus {name} cannot be read to its end: {" ".join(str(e).split())[:300]}\nFetch it again') from e
+    except (OSError, ValueError, TypeError, NotImplementedError) as e: raise OSError(f'corpus {name} cannot be read to its end: {" ".join(str(e).split())[:300]}\nFetch it again') from e
 
 # %% ../nbs/01b_hub.ipynb #eac05817
 def _is_conversation(messages):
