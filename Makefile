@@ -47,3 +47,12 @@ notebooks: setup
 clean:
 	rm -rf build/*.ipynb heads tokens models data paper/main.pdf
 	cd paper && (latexmk -c -silent 2>/dev/null || true)
+
+# speed and memory as ratios, in benchmarks/results.json; many kills and much bad input, in benchmarks/faults.json and bad_input.json
+.PHONY: bench faults
+bench: setup
+	python benchmarks/run.py
+
+faults: setup
+	SIMPLEDECO_KILLS=60 python -m pytest tests/test_faults.py -k killed
+	SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_bad_input.py

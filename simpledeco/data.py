@@ -313,6 +313,7 @@ def _pieces(example, tokenizer):
 if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     try:
         root = project_root()
-        load_profile(check_params(load_params(root), list(CORPORA))['profile'], root)
+        params = load_params(root)
+        check_params(params, load_profile(params.get('profile'), root).corpora.split() or list(CORPORA))
         build_data(root)
     except (ValueError, OSError) as e: sys.exit(f'simpledeco: {e}')

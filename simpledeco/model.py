@@ -12,11 +12,12 @@ import hashlib, importlib.util, os, shutil, tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils.quantization_config import GgufConfig
 
 from .data import CORPORA, make_corpus
-from .settings import torch_dtype
+from .settings import split_source, torch_dtype
 
 # %% ../nbs/01a_model.ipynb #99d24f1e
 def package_file(
@@ -58,7 +59,7 @@ def _tiny_llama(path, steps=150, block=512):
 
 # %% ../nbs/01a_model.ipynb #6aca8219
 def build_model(
-    spec:str, # package:MODULE/FILE, tiny:MODULE/FILE, or a hub id or local folder
+    spec:str, # package:MODULE/FILE, tiny:MODULE/FILE, or NAME@REVISION of the hub, or a local folder
     out:str|Path, # folder to write
     sha256:str='', # expected hash of the packaged file
 )->Path: # the folder
@@ -78,22 +79,34 @@ def build_model(
 
 # %% ../nbs/01a_model.ipynb #2c5a1830
 def _from_hub(spec):
-    try: return AutoModelForCausalLM.from_pretrained(spec), AutoTokenizer.from_pretrained(spec)
+    name, revision = split_source(spec)
+    try: return AutoModelForCausalLM.from_pretrained(name, revision=revision), AutoTokenizer.from_pretrained(name, revision=revision)
     except OSError as e:
         raise OSError(f'cannot load model {spec!r}: is it a local folder or a hub id that this machine can reach? '
                       f'Gated models need `hf auth login`. ({str(e).splitlines()[0]})') from e
 
 # %% ../nbs/01a_model.ipynb #732c2aec
 def load_model(
-    path:str|Path, # a local folder or a hub id
+    path:str|Path, # a local folder, or NAME@REVISION of the hub
     dtype:str='float32', # float32, bfloat16 or float16
-    device:str='cpu', # a torch device
+    device:str='cpu', # a torch device; auto: spread over all GPUs of this machine
 ):
     "Load a frozen causal language model and its tokenizer: (model, tokenizer)"
     if str(path).startswith(('.', '/')) and not (Path(path)/'config.json').exists():
         raise FileNotFoundError(f'no model in {path}: run `dvc repro` or `make model` first')
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype)).to(device)
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
+    name, revision = split_source(str(path))
+    place = dict(device_map=_checked_device(device)) if device != 'cpu' else {}
+    try: model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch_dtype(dtype), **place)
+    except SafetensorError as e: raise ValueError(f'the model in {path} is truncated or corrupt ({e}): delete the folder and build it again') from e
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(name, revision=revision)
+
+# %% ../nbs/01a_model.ipynb #210a1ccb
+def _checked_device(name):
+    if name == 'auto': return name
+    try: kind = torch.device(name).type
+    except RuntimeError: raise ValueError(f'device {name!r} is not known: it is cpu, cuda, cuda:1, mps or auto') from None
+    if kind == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'device {name!r}: PyTorch finds no GPU here; set `device = cpu` in settings.ini')
+    return name if ':' in name or kind != 'cuda' else f'cuda:{torch.cuda.current_device()}'
 
 # %% ../nbs/01a_model.ipynb #6102aa7c
 def fingerprint(

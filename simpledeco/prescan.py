@@ -6,18 +6,26 @@ a distribution over 49,152 tokens is rebuilt exactly, at any temperature, from 1
 
 # %% auto #0
 __all__ = ['TOP_K', 'POWERS', 'GRID', 'token_statistics', 'log_partition', 'TokenTable', 'take', 'rows', 'verify', 'scan',
-           'sample_table']
+           'sample_table', 'scan_profile']
 
 # %% ../nbs/02_prescan.ipynb #9c8f1b3a
-import json, os, zlib
+import argparse, json, os, sys, zlib
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .data import encode, load_examples
+from .hub import profile_examples
 from .model import build_model, fingerprint, load_model
 from .settings import load_profile, project_root
 
@@ -31,26 +39,42 @@ def token_statistics(
     logits:torch.Tensor, # [N, V] in any float type
     labels:torch.Tensor, # [N] the tokens that really follow
 )->dict: # tensors with N rows, float32 (rank and label int32)
-    "What the pre-scan keeps of each row of logits. Raises `ValueError` when a logit is NaN or +inf"
+    "What the pre-scan keeps of each row of logits. Raises `ValueError` when a label is outside of the vocabulary, or its logit or a largest logit is NaN or infinite"
+    _check_labels(logits, labels)
     z = logits.float()
     top = z.topk(min(TOP_K, z.shape[-1])).values
     z_max, z_true = top[:, 0], z.gather(1, labels[:, None])[:, 0]
     if not (torch.isfinite(z_max).all() and torch.isfinite(z_true).all()):
         raise ValueError('the logits of a response token are NaN or infinite: load the model in float32 or bfloat16, or drop the example')
     log_z, entropy = _partition(z, z_max)
-    return dict(label=labels.int(), z_max=z_max, z_true=z_true, rank=1 + (z > z_true[:, None]).sum(1).int(),
-                entropy=entropy, log_z=log_z, top_logits=top)
+    return dict(label=labels.int(), z_max=z_max, z_true=z_true, rank=_rank(z, top, z_true), entropy=entropy, log_z=log_z, top_logits=top)
+
+# %% ../nbs/02_prescan.ipynb #a3389ec6
+def _check_labels(logits, labels):
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.shape[1]:
+        raise ValueError(f'logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}: [N, V] and [N] are needed')
+    if len(labels) and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+        raise ValueError(f'labels from {labels.min()} to {labels.max()} do not fit a vocabulary of {logits.shape[1]}: do tokenizer and model belong together?')
+
+# %% ../nbs/02_prescan.ipynb #f6ec9ebf
+def _rank(z, top, z_true):
+    rank, deep = 1 + (top > z_true[:, None]).sum(1), z_true < top[:, -1]
+    rank[deep] = 1 + (z[deep] > z_true[deep, None]).sum(1)
+    return rank.int()
 
 # %% ../nbs/02_prescan.ipynb #f0a68d47
 def _partition(z, z_max, rows=16):
     log_z, entropy = z.new_empty(len(z), len(POWERS)), torch.empty_like(z_max)
     for i in range(0, len(z), rows):
         x = (z[i:i+rows] - z_max[i:i+rows, None]).clamp_(min=-300)
-        q = {1: torch.exp(x/4)}
-        for a,b in ((1,1), (2,1), (2,2), (4,2), (4,4), (8,8)): q[a+b] = q[a]*q[b]
-        log_z[i:i+rows] = torch.stack([q[p].sum(1) for p in POWERS], 1).log()
+        q = (x/4).exp_()
+        q2 = q*q
+        q4, low = q2*q2, [q.sum(1), q2.sum(1), q.mul_(q2).sum(1)]
+        mean = x.mul_(q4).sum(1)
+        high = [q4.sum(1), q2.mul_(q4).sum(1), q4.mul_(q4).sum(1), q4.mul_(q4).sum(1)] # 4, 6, 8 and 16, in place and in this order
+        log_z[i:i+rows] = torch.stack(low + high, 1).log()
         at_1 = log_z[i:i+rows, POWERS.index(4)]
-        entropy[i:i+rows] = at_1 - (q[4]*x).sum(1)/at_1.exp()
+        entropy[i:i+rows] = at_1 - mean/at_1.exp()
     return log_z, entropy.clamp(min=0)
 
 # %% ../nbs/02_prescan.ipynb #7198e38b
@@ -87,6 +111,7 @@ def _write(path, save):
     "Write through a temporary name, so that `path` is whole if it exists"
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try: save(tmp); os.replace(tmp, path)
+    except (OSError, SafetensorError) as e: raise OSError(f'cannot write {path} ({e}): free some space or choose another folder, and run again; what is finished is kept') from e
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/02_prescan.ipynb #09cdce48
@@ -95,6 +120,12 @@ def _open_shard(path):
     except (SafetensorError, OSError) as e:
         raise ValueError(f'shard {path} is missing, truncated or corrupt ({e}): delete it and scan again, the other shards are kept') from e
 
+# %% ../nbs/02_prescan.ipynb #cc63deeb
+def _read_info(path):
+    try: return json.loads((path/'table.json').read_text())
+    except FileNotFoundError: raise FileNotFoundError(f'no token table in {path}: run `dvc repro prescan`') from None
+    except (OSError, ValueError) as e: raise ValueError(f'{path}/table.json is corrupt ({e}): delete the folder and scan again') from e
+
 # %% ../nbs/02_prescan.ipynb #a848a1ab
 class TokenTable:
     "The pre-scan of a model: one row per response token, columns by name, memory-mapped"
@@ -102,8 +133,7 @@ class TokenTable:
         path:str|Path, # folder written by `scan`
     ):
         self.path = Path(path)
-        if not (self.path/'table.json').exists(): raise FileNotFoundError(f'no token table in {path}: run `dvc repro prescan`')
-        self.info = json.loads((self.path/'table.json').read_text())
+        self.info = _read_info(self.path)
         self.examples = self.info['examples']
         self.shards = [_open_shard(p) for p in self._paths()]
         self.starts = torch.tensor([0] + [len(s['label']) for s in self.shards]).cumsum(0)
@@ -182,13 +212,15 @@ def _batches(
 @torch.inference_mode()
 def _scan_batch(model, encoded, numbers):
     "Statistics of the response tokens of a few conversations"
-    width, dev = max(len(ids) for ids,_ in encoded), model.device
+    width, dev = max(len(ids) for ids,_ in encoded), model.get_input_embeddings().weight.device
     ids, mask = torch.zeros(2, len(encoded), width, dtype=torch.long)
     for row,(tokens,_) in enumerate(encoded): ids[row, :len(tokens)] = torch.tensor(tokens); mask[row, :len(tokens)] = 1
-    r = torch.tensor([row for row,(_,where) in enumerate(encoded) for _ in where])
-    c = torch.tensor([i for _,where in encoded for i in where])
-    hidden = model.base_model(input_ids=ids.to(dev), attention_mask=mask.to(dev)).last_hidden_state[r.to(dev), c.to(dev)-1]
-    stats = token_statistics(model.get_output_embeddings()(hidden), ids[r, c].to(dev))
+    r = torch.tensor([row for row,(_,where) in enumerate(encoded) for _ in where], dtype=torch.long)
+    c = torch.tensor([i for _,where in encoded for i in where], dtype=torch.long)
+    hidden = model.base_model(input_ids=ids.to(dev), attention_mask=mask.to(dev)).last_hidden_state
+    hidden = hidden[r.to(hidden.device), c.to(hidden.device)-1]
+    logits = model.get_output_embeddings()(hidden)
+    stats = token_statistics(logits, ids[r, c].to(logits.device))
     return dict(stats, hidden=hidden, example=torch.tensor(numbers)[r].int(), position=c.int())
 
 # %% ../nbs/02_prescan.ipynb #8db6621f
@@ -199,19 +231,18 @@ def scan(
     path:str|Path, # folder to write
     batch_tokens:int=2048, # most tokens in a batch, padding included
     shard_examples:int=64, # conversations in a shard
+    max_tokens:int|None=None, # conversations are cut after so many tokens; None: one that is longer than the model's context is an error
     progress:bool=True, # show a progress bar
 )->TokenTable: # the finished table
-    "Run the model once over the examples and keep what decoding needs; resumes after an interruption"
-    if not examples: raise ValueError('there is nothing to scan: the list of examples is empty')
-    context = getattr(model.config, 'max_position_embeddings', None) or 1 << 30
-    encoded = [encode(x, tokenizer, context) for x in examples]
-    _start(Path(path), _table_info(model, examples, encoded, batch_tokens, shard_examples))
-    bar = tqdm(total=sum(len(ids) for ids,_ in encoded), unit='tok', disable=not progress)
-    for i in range(0, len(examples), shard_examples):
-        shard = Path(path)/f'shard-{i//shard_examples:05d}.safetensors'
-        if not shard.exists(): _scan_shard(model, encoded[i:i+shard_examples], i, shard, batch_tokens)
-        bar.update(sum(len(ids) for ids,_ in encoded[i:i+shard_examples]))
-    bar.close()
+    "Run the model once over the examples and keep what decoding needs; resumes after an interruption, and shares the work among the processes of `accelerate launch`"
+    path, me, to_ids = Path(path), _processes(), _encoder(model, tokenizer, max_tokens)
+    info = _table_info(model, examples, to_ids, batch_tokens, shard_examples, progress and me.is_main_process)
+    with _only_run(path, me, info):
+        bar = tqdm(range(me.process_index, -(-len(examples)//shard_examples), me.num_processes), unit='shard', disable=not (progress and me.is_main_process))
+        for i in bar:
+            shard, first = path/f'shard-{i:05d}.safetensors', i*shard_examples
+            if not shard.exists(): _scan_shard(model, [to_ids(x) for x in examples[first:first+shard_examples]], first, shard, batch_tokens)
+        me.wait_for_everyone()
     return TokenTable(path)
 
 # %% ../nbs/02_prescan.ipynb #82c1239a
@@ -223,20 +254,88 @@ def _scan_shard(model, encoded, first, path, batch_tokens):
     _write(path, lambda tmp: save_file(columns, tmp, metadata=dict(crc32=_crc(columns))))
 
 # %% ../nbs/02_prescan.ipynb #74ad3556
-def _table_info(model, examples, encoded, batch_tokens, shard_examples):
+def _encoder(model, tokenizer, max_tokens):
+    "A function from a conversation to (ids, positions of response tokens)"
+    context, vocabulary = getattr(model.config, 'max_position_embeddings', None) or 1 << 30, model.get_input_embeddings().weight.shape[0]
+    cut = max_tokens if max_tokens and max_tokens <= context else None
+    def to_ids(x):
+        ids, where = _encode(_checked(x), tokenizer, 1 << 30 if cut else context)
+        if max(ids) >= vocabulary: raise ValueError(f"example {x['id']} has token {max(ids)}, the model's vocabulary has {vocabulary}: tokenizer and model do not belong together")
+        return ids[:cut], [i for i in where if i < len(ids[:cut])]
+    return to_ids
+
+# %% ../nbs/02_prescan.ipynb #a5693380
+def _encode(x, tokenizer, limit):
+    try: return encode(x, tokenizer, limit)
+    except (TemplateError, UnicodeError, TypeError) as e: raise ValueError(f"example {x['id']} cannot be tokenised ({e}): repair or drop it") from e
+
+# %% ../nbs/02_prescan.ipynb #5a87cab1
+def _checked(x):
+    "An example of the right form"
+    missing = [k for k in ('id', 'corpus', 'split', 'group', 'messages') if k not in x] if isinstance(x, dict) else ['fields']
+    if missing: raise ValueError(f'an example has no {", ".join(missing)}: {str(x)[:80]}')
+    whole = isinstance(x['messages'], list) and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ('role', 'content')) for m in x['messages'])
+    if not whole: raise ValueError(f"example {x['id']}: messages must be a list of dicts with role and content, both text")
+    return x
+
+# %% ../nbs/02_prescan.ipynb #b55bfdf2
+def _survey(examples, to_ids, progress):
+    "Tokens, response tokens and checksum of a corpus, without keeping it"
+    tokens, responses, crc = 0, 0, zlib.crc32(b'[')
+    for i,x in enumerate(tqdm(examples, 'tokenising', disable=not progress)):
+        encoded = to_ids(x)
+        tokens, responses = tokens + len(encoded[0]), responses + len(encoded[1])
+        crc = zlib.crc32((', '*(i > 0) + json.dumps(encoded)).encode(), crc)
+    return tokens, responses, zlib.crc32(b']', crc)
+
+# %% ../nbs/02_prescan.ipynb #79af3395
+def _table_info(model, examples, to_ids, batch_tokens, shard_examples, progress):
+    if not examples: raise ValueError('there is nothing to scan: the list of examples is empty')
+    if min(batch_tokens, shard_examples) < 1: raise ValueError(f'batch_tokens is {batch_tokens} and shard_examples {shard_examples}: both must be positive')
+    tokens, responses, text = _survey(examples, to_ids, progress)
+    if not responses: raise ValueError('no conversation has a response token within max_tokens: allow more tokens')
     keep = [{k: x[k] for k in ('id', 'corpus', 'split', 'group')} for x in examples]
     return dict(model=fingerprint(model), hidden_size=model.config.hidden_size,
                 vocab_size=model.config.vocab_size, dtype=str(model.dtype), batch_tokens=batch_tokens, shard_examples=shard_examples,
-                tokens=sum(len(ids) for ids,_ in encoded), text=zlib.crc32(json.dumps(encoded).encode()), examples=keep)
+                tokens=tokens, text=text, examples=keep)
 
 # %% ../nbs/02_prescan.ipynb #59917fb7
 def _start(path, info):
     path.mkdir(parents=True, exist_ok=True)
     file = path/'table.json'
     if not file.exists(): return _write(file, lambda tmp: tmp.write_text(json.dumps(info, indent=1)))
-    old = json.loads(file.read_text())
+    old = _read_info(path)
     differ = [k for k in info if old.get(k) != info[k]]
     if differ: raise ValueError(f'{path} holds a scan with another {", ".join(differ)}: delete the folder or choose another; nothing was overwritten')
+
+# %% ../nbs/02_prescan.ipynb #e044bf56
+def _processes():
+    "This process among those of `accelerate launch` or torchrun. Shards may take long, so nobody gives up waiting for the others"
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+
+# %% ../nbs/02_prescan.ipynb #96ab455b
+def _on_first(me, action):
+    "Let the first process act; when that fails, fail in all of them"
+    error = [None]
+    if me.is_main_process:
+        try: action()
+        except (OSError, ValueError) as e: error = [e]
+    broadcast_object_list(error)
+    if error[0]: raise error[0]
+
+# %% ../nbs/02_prescan.ipynb #c11f7dcb
+@contextmanager
+def _only_run(path, me, info):
+    "Hold the folder of a table for this run"
+    lock = FileLock(path.with_name(f'{path.name}.lock'))
+    def begin():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try: lock.acquire(timeout=0)
+        except Timeout: raise OSError(f'another run is writing {path}: wait for it or choose another folder; nothing was overwritten') from None
+        for half in path.glob('*.tmp'): half.unlink()
+        _start(path, info)
+    try: _on_first(me, begin); yield
+    finally: lock.release()
 
 # %% ../nbs/02_prescan.ipynb #71573ade
 def sample_table(
@@ -250,3 +349,22 @@ def sample_table(
     p = load_profile('embedded', root)
     model, tokenizer = load_model(build_model(p.model, root/'models/embedded', p.sha256))
     return scan(model, tokenizer, load_examples(root, per_split), path, p.batch_tokens)
+
+# %% ../nbs/02_prescan.ipynb #fe232e86
+def scan_profile(
+    p:SimpleNamespace, # a profile, from load_profile
+)->TokenTable: # in tokens/<profile>
+    "The pre-scan of a profile with the model in models/<profile>"
+    _processes() # first: it gives each process its own GPU
+    model, tokenizer = load_model(p.root/'models'/p.name, p.dtype, p.device)
+    return scan(model, tokenizer, profile_examples(p), p.root/'tokens'/p.name, p.batch_tokens, p.shard_examples, p.max_tokens)
+
+# %% ../nbs/02_prescan.ipynb #e9df3ce8
+if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
+    parser = argparse.ArgumentParser(description='Pre-scan the corpora of a profile.')
+    parser.add_argument('profile', help='a section of settings.ini')
+    try:
+        p = load_profile(parser.parse_args().profile)
+        build_model(p.model, p.root/'models'/p.name, p.sha256)
+        scan_profile(p)
+    except (ValueError, OSError) as e: sys.exit(f'simpledeco: {e}')

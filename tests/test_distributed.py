@@ -1,0 +1,56 @@
+"""Two processes write one table; it is the table of a single process, byte for byte.
+
+`accelerate launch` starts torchrun on GPUs, but a single process on a CPU; so torchrun is called here."""
+from conftest import ROOT, run
+
+from simpledeco.data import load_examples
+from simpledeco.model import build_model, load_model
+from simpledeco.prescan import TokenTable, scan
+from simpledeco.settings import load_profile
+
+SCAN = '''
+import sys, torch
+from pathlib import Path
+from simpledeco.data import load_examples
+from simpledeco.model import load_model
+from simpledeco.prescan import scan
+root, out, extra = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+torch.set_num_threads(1)
+model, tokenizer = load_model(root/'models/smoke')
+try:
+    table = scan(model, tokenizer, load_examples(root, 2), out, shard_examples=4 + len(extra), progress=False)
+    print('rows', len(table))
+except ValueError as e: sys.exit(f'simpledeco: {e}')
+'''
+
+
+def contents(folder): return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def launch(tmp_path, *args, check=True):
+    (tmp_path/'run.py').write_text(SCAN)
+    return run('torchrun', '--standalone', '--nproc_per_node', '2', tmp_path/'run.py', ROOT, *args, cwd=ROOT, check=check, timeout=300)
+
+
+def test_two_processes_make_the_table_of_one(tmp_path):
+    smoke = load_profile('smoke', ROOT)
+    build_model(smoke.model, ROOT/'models/smoke', smoke.sha256)
+    (tmp_path/'run.py').write_text(SCAN)
+    run('python', tmp_path/'run.py', ROOT, tmp_path/'one', cwd=ROOT)
+    done = launch(tmp_path, tmp_path/'two')
+    assert contents(tmp_path/'one') == contents(tmp_path/'two') and len(contents(tmp_path/'one')) > 6
+    assert done.stdout.count(f'rows {len(TokenTable(tmp_path/"one"))}') == 2, 'both processes got the whole table'
+    # a mistake that only the first process can see stops both
+    wrong = launch(tmp_path, tmp_path/'two', 'x', check=False)
+    assert wrong.returncode and wrong.stderr.count('holds a scan with another shard_examples') >= 2
+    assert contents(tmp_path/'one') == contents(tmp_path/'two'), 'nothing was overwritten'
+
+
+def test_a_model_spread_by_a_device_map_gives_the_same_table(tmp_path):
+    "device = auto goes through accelerate's hooks; on a machine without a GPU they put everything on the CPU"
+    smoke = load_profile('smoke', ROOT)
+    folder = build_model(smoke.model, ROOT/'models/smoke', smoke.sha256)
+    examples = load_examples(ROOT, 1)
+    for device in ('cpu', 'auto'): scan(*load_model(folder, device=device), examples, tmp_path/device, progress=False)
+    a, b = TokenTable(tmp_path/'cpu'), TokenTable(tmp_path/'auto')
+    assert a.info == b.info and (a['rank'] == b['rank']).all() and (a['z_true'] - b['z_true']).abs().max() < 1e-3
