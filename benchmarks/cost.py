@@ -115,7 +115,7 @@ if __name__ == '__main__':
                 ours=read + params['steps']*1024/at['ours'], autodeco=read + params['steps']*1024/at['autodeco'])
     count = lambda m: sum(x.numel() for x in m.parameters())
     settings = {k: dict(n=sum(map(len, v.values())), objective=len(v['objective']), listed={a: ', '.join(b) for a,b in v.items()}) for k,v in SETTINGS.items()}
-    metrics = dict(threads=torch.get_num_threads(), vocabulary=at['vocabulary'], training={str(r['vocabulary']): r for r in rows}, flat=max(r['ours'] for r in rows)/min(r['ours'] for r in rows), decoding=steps, scan_tokens_per_second=scan_speed, wall=wall,
+    metrics = dict(threads=torch.get_num_threads(), at=at, largest=rows[-1], flat=max(r['ours'] for r in rows)/min(r['ours'] for r in rows), decoding=steps, scan_tokens_per_second=scan_speed, wall=wall,
                    settings=settings, parameters={'ours': count(TemperatureHead(HIDDEN, reads='logits')), 'ours, hidden': count(TemperatureHead(HIDDEN, reads='hidden')), 'AutoDeco': count(AutoDeco(HIDDEN))})
     for folder in ('metrics', 'plots'): (p.root/folder).mkdir(exist_ok=True)
     (p.root/'metrics/cost.json').write_text(json.dumps(metrics, indent=1))
