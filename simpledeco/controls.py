@@ -130,12 +130,12 @@ def decoder_scores(
     p_true = own/mass*kept
     return dict(kept=kept.float(), p_true=p_true, candidates=inside.sum(1).float(), quadratic=2*p_true - ((p/mass[:, None])**2).sum(1), temperature=temperature)
 
-# %% ../nbs/09_controls.ipynb #29f18761
+# %% ../nbs/09_controls.ipynb #0589d3b6
 BUDGET = 12
 SCALES = (.25, .4, .5, .6, .7, .8, .9, 1., 1.15, 1.3, 1.5, 2.)
-GRIDS = {'static T, min-p': [dict(t=t) for t in (.1, .2, .3, .4, .5, .6, .7, .8, .9, 1., 1.2, 1.5)],
-         'static T, top-p': [dict(t=t, p=p) for t in (.4, .7, 1., 1.2) for p in (.7, .9, .95)],
-         'EDT': [dict(t0=t, theta=h) for t in (.5, .8, 1., 1.5) for h in (.3, 1., 3.)],
+GRIDS = {'static T, min-p': [dict(t=t) for t in (.1, .3, .5, .7, .85, 1., 1.15, 1.3, 1.5, 1.7, 2., 2.5)],
+         'static T, top-p': [dict(t=t, p=p) for t in (.5, .8, 1., 1.3) for p in (.8, .9, .95)],
+         'EDT': [dict(t0=t, theta=h) for t in (.7, 1., 1.5, 2.) for h in (.3, 1., 3.)],
          'scale': [dict(scale=s) for s in SCALES]}
 
 # %% ../nbs/09_controls.ipynb #76e99cc0
