@@ -96,7 +96,7 @@ def mass_upto(
     c = p.cumsum(1)
     inside, far = c.gather(1, (rank.long() - 1).clamp(max=K-1)[:, None])[:, 0], rank > K
     ratio = torch.where(far, rank/K, 2.)
-    a = torch.where(far, torch.log(p[:, -1].clamp(min=1e-30)/own.clamp(min=1e-30))/torch.log(ratio), 0.)
+    a = torch.where(far, (torch.log(p[:, -1].clamp(min=1e-30)) - torch.log(own.clamp(min=1e-30)))/torch.log(ratio), 0.)
     beyond = torch.where((a - 1).abs() < 1e-3, torch.log(ratio), (ratio**(1 - a) - 1)/(1 - a + 1e-12))*K*p[:, -1]
     return own, torch.where(far, (c[:, -1] + beyond).clamp(max=1), inside), c
 

@@ -6,7 +6,7 @@ from conftest import ROOT
 from scipy.special import log_softmax, softmax
 
 from simpledeco.autodeco import AutoDeco, TempHead, TopPHead, autodeco_loss, autodeco_rule, collapse, fit_autodeco, predict, temperature_loss, token_columns, top_p_filter, top_p_loss, train_once
-from simpledeco.controls import BUDGET, decoder_scores, decompose, edt, fit_entropy_head, shuffled_within, tune
+from simpledeco.controls import BUDGET, decoder_scores, decompose, edt, fit_entropy_head, mass_upto, shuffled_within, tune
 from simpledeco.data import load_examples
 from simpledeco.model import build_model, load_model
 from simpledeco.prescan import scan
@@ -180,3 +180,15 @@ def test_controls_keep_what_they_should():
     gap = H*torch.rand(1000, generator=generator)*3
     head = fit_entropy_head(gap, H, min_p=.1, risk=.2)
     for part in H.argsort().chunk(32)[1:-1]: assert abs((gap[part]/math.log(10) > head(H[part])).float().mean() - .2) < .06
+
+
+def test_gradients_stay_finite_where_the_true_token_is_all_but_impossible():
+    "A cold temperature makes the probability of a far token vanish; its slope must not overflow"
+    generator = torch.Generator().manual_seed(0)
+    top = (-torch.rand(50, 128, generator=generator).mul(20)).sort(descending=True).values
+    top = top - top[:, :1]
+    gap, T = torch.linspace(21, 60, 50), torch.linspace(.05, 1.9, 50).requires_grad_()
+    x = top.exp().sum(1).log()
+    own, upto, _ = mass_upto(T, gap, torch.full((50,), 3000), top, x)
+    (own + upto).sum().backward()
+    assert torch.isfinite(T.grad).all() and (upto <= 1).all()
