@@ -47,7 +47,7 @@ def check_plain_logits(
     output, seen = model.get_output_embeddings(), []
     if output is None or model.config.is_encoder_decoder: raise ValueError(f'{type(model).__name__} is not a causal language model with an output embedding: a head has nothing to divide')
     handle = output.register_forward_hook(lambda module, args, logits: seen.append((args, logits)))
-    try: logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False).logits
+    try: logits = model(input_ids=torch.arange(8, device=model.device)[None], use_cache=False).logits
     finally: handle.remove()
     if not (seen and seen[-1][0] and seen[-1][1].shape == logits.shape and torch.equal(seen[-1][1], logits)):
         raise ValueError(f'{type(model).__name__} changes its logits after the output embedding (soft-capping or scaling): a temperature head does not support this architecture')

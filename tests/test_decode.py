@@ -4,15 +4,15 @@ import copy, math
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
-from simpledeco.decode import MinP, attach, check_plain_logits, sampling
+from simpledeco.decode import MinP, attach, check_plain_logits, divide, sampling
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
 from conftest import ROOT
 
 SIZE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2)
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
 KINDS = dict(llama=SIZE, qwen2=SIZE, qwen3=SIZE, gemma=SIZE, mixtral=SIZE | dict(num_local_experts=4), phi3=SIZE, olmo2=SIZE, gpt_neox=SIZE,
-             gpt2=dict(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+             gpt2=dict(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False))
 
 
 def tiny(kind, **kw):
@@ -146,9 +146,19 @@ def test_half_precision_keeps_the_order_of_the_logits(dtype):
         T = .9*head.temperature(head.live_inputs(hidden, base))
     assert base.dtype == dtype and T.dtype == divided.dtype == torch.float32
     assert torch.equal(divided, base.float()/T[..., None])
-    order = base.float().argsort(-1, stable=True)
+    order = base.float().argsort(dim=-1, stable=True)
     assert (divided.gather(-1, order).diff(dim=-1) >= 0).all() and torch.equal(divided.argmax(-1), base.argmax(-1))
-    assert not torch.equal(divided.to(dtype).argmax(-1), base.argmax(-1)), 'rounding would have changed greedy decoding: that is why it is not done'
+
+
+def test_neighbours_in_half_precision_do_not_become_equal():
+    "The two largest logits are neighbours in bfloat16; rounding the quotient to it would let the first of the vocabulary win"
+    low = torch.arange(128, 256).to(torch.bfloat16)/4
+    z = torch.zeros(len(low), 300, dtype=torch.bfloat16)
+    z[:, 10], z[:, 20] = low, torch.nextafter(low, torch.full_like(low, torch.inf))
+    head = TemperatureHead(32).eval()
+    divided = divide(z, z[:, :32], head)
+    assert (divided.argmax(-1) == 20).all() and (z.argmax(-1) == 20).all()
+    assert (divided.to(torch.bfloat16).argmax(-1) == 10).any()
 
 
 @pytest.mark.parametrize('kind, kw', [('gemma2', {}), ('cohere', {}), ('granite', dict(logits_scaling=8.))])
