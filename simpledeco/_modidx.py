@@ -93,6 +93,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'simpledeco.head.check_fits': ('head.html#check_fits', 'simpledeco/head.py'),
                                  'simpledeco.head.check_min_p': ('head.html#check_min_p', 'simpledeco/head.py'),
                                  'simpledeco.head.forward': ('head.html#forward', 'simpledeco/head.py'),
+                                 'simpledeco.head.from_pretrained': ('head.html#from_pretrained', 'simpledeco/head.py'),
                                  'simpledeco.head.generate_model_card': ('head.html#generate_model_card', 'simpledeco/head.py'),
                                  'simpledeco.head.inputs': ('head.html#inputs', 'simpledeco/head.py'),
                                  'simpledeco.head.live_inputs': ('head.html#live_inputs', 'simpledeco/head.py'),

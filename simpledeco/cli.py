@@ -21,7 +21,7 @@ from . import __version__
 
 # %% ../nbs/16_cli.ipynb #8a0c4ee6
 app = typer.Typer(help='One temperature per token for a frozen language model.', no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode='markdown')
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, force_jupyter=False)
 
 # %% ../nbs/16_cli.ipynb #7438dcf5
 Model = Annotated[str, typer.Argument(help='folder or hub id of a causal language model')]

@@ -5,7 +5,7 @@ told off for using it with the wrong model."""
 
 # %% auto #0
 __all__ = ['RANKS', 'RISKS', 'CARD', 'logit_features', 'TemperatureHead', 'forward', 'temperature', 'live_inputs', 'inputs',
-           'generate_model_card', 'check_fits', 'check_min_p']
+           'from_pretrained', 'generate_model_card', 'check_fits', 'check_min_p']
 
 # %% ../nbs/05_head.ipynb #4dec2d54
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -110,6 +111,15 @@ def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, loca
     except (SafetensorError, OSError, RuntimeError) as e: raise ValueError(f'{path} is damaged or not a head of this form: copy or train it again ({str(e).splitlines()[0]})') from e
 
 TemperatureHead._from_pretrained = classmethod(_from_pretrained)
+
+# %% ../nbs/05_head.ipynb #19352bd0
+def from_pretrained(cls, name, **kwargs):
+    "A head from a folder or a hub repository. Raises `FileNotFoundError` where there is none, `ValueError` for a damaged one"
+    try: return PyTorchModelHubMixin.from_pretrained.__func__(cls, name, **kwargs)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as e:
+        raise FileNotFoundError(f'no head at {name}: it is not a folder, nor a hub repository that this machine can reach ({str(e).splitlines()[0]})') from e
+
+TemperatureHead.from_pretrained = classmethod(from_pretrained)
 
 # %% ../nbs/05_head.ipynb #6593c63b
 def _save_pretrained(self:TemperatureHead, folder):

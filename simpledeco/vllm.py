@@ -59,7 +59,7 @@ def register():
     "The entry point: a class with a head for each class of vLLM"
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    for name in ModelRegistry.get_supported_archs():
+    for name in list(ModelRegistry.get_supported_archs()):
         if not name.startswith(PREFIX): ModelRegistry.register_model(PREFIX + name, f'simpledeco.vllm:{PREFIX}{name}')
     MODELS_CONFIG_MAP.update({PREFIX + k: v for k,v in MODELS_CONFIG_MAP.items() if not k.startswith(PREFIX)})
 

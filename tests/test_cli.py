@@ -1,27 +1,35 @@
 "The command `simpledeco`, as a user runs it"
-import json, os, re, subprocess, sys
-from pathlib import Path
+import contextlib, io, json, re, sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run
 
+from simpledeco.cli import main
 from simpledeco.head import TemperatureHead
-from simpledeco.model import fingerprint, load_model
 
 MODEL = ROOT/'models/smoke'
 COMMANDS = ['prescan', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir']
 
 
-def simpledeco(*arguments, cwd, **kw): return run('simpledeco', *arguments, cwd=cwd, **kw)
+def simpledeco(*arguments, cwd, check=True):
+    "The console script in this process, where PyTorch is loaded already: exit code, stdout and stderr as a shell would see them"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['simpledeco', *map(str, arguments)])
+        try: main(); code = 0
+        except SystemExit as e: code = e.code or 0
+    assert not check or code == 0, err.getvalue()
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
     "A folder in which a head has been made from a file of conversations, in four commands"
     folder = tmp_path_factory.mktemp('cli')
-    talks = [dict(messages=[dict(role='user', content=f'What is {a} + {b}?'), dict(role='assistant', content=f'It is {a + b}, I think.')]) for a in range(12) for b in range(12)]
+    talks = [dict(messages=[dict(role='user', content=f'What is {a} + {b}?'), dict(role='assistant', content=f'{a} + {b} = {a + b}')]) for a in range(12) for b in range(12)]
     (folder/'sums.jsonl').write_text('\n'.join(map(json.dumps, talks)))
-    simpledeco('prescan', MODEL, 'tokens', '--data', 'sums.jsonl', cwd=folder)
+    simpledeco('prescan', MODEL, 'tokens', '--data', 'sums.jsonl', '--data', 'arithmetic', '--max-examples', '60', cwd=folder)
     simpledeco('train', 'tokens', 'head', '--risk', '.2', '--steps', '100', cwd=folder)
     simpledeco('calibrate', 'head', 'tokens', 'calibrated', cwd=folder)
     simpledeco('serve-dir', 'calibrated', MODEL, 'served', cwd=folder)
@@ -33,7 +41,12 @@ def test_help_names_every_command_and_each_has_an_example(tmp_path):
     for c in COMMANDS:
         assert c in shown
         assert f'Example: simpledeco {c}' in ' '.join(simpledeco(c, '--help', cwd=tmp_path).stdout.split())
-    assert re.fullmatch(r'simpledeco \d+\.\d+\.\d+\n', simpledeco('--version', cwd=tmp_path).stdout)
+
+
+def test_the_installed_script(tmp_path):
+    assert re.fullmatch(r'simpledeco \d+\.\d+\.\d+\n', run('simpledeco', '--version', cwd=tmp_path).stdout)
+    done = run('simpledeco', 'train', 'nowhere', 'x', cwd=tmp_path, check=False)
+    assert done.returncode == 1 and done.stderr.startswith('simpledeco: no token table in nowhere') and done.stderr.count('\n') == 1
 
 
 def test_help_is_quick(tmp_path):
@@ -43,7 +56,7 @@ def test_help_is_quick(tmp_path):
 
 def test_the_card_tells_where_the_head_comes_from(work):
     head, card = TemperatureHead.from_pretrained(work/'calibrated'), (work/'calibrated/README.md').read_text()
-    assert head.record['corpora'] == head.record['calibration'] == ['sums'] and head.risk == .2
+    assert head.record['corpora'] == head.record['calibration'] == ['sums', 'arithmetic'] and head.risk == .2
     covered = head.record['coverage']['sums']
     for part in (str(MODEL), head.base_model, '| min_p | 0.1 |', '| risk | 0.2 |', f'| sums | {100*covered["mean"]:.1f}% |', f'| {covered["groups"]} |', 'library_name: simpledeco'): assert part in card, part
     assert 'not calibrated' in (work/'head/README.md').read_text()
