@@ -59,7 +59,8 @@ def _load(model, dtype, device):
     from simpledeco.decode import check_plain_logits
     from simpledeco.model import load_model
     logging.disable_progress_bar()
-    loaded, tokenizer = load_model(model, dtype, device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    try: loaded, tokenizer = load_model(model, dtype, device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except OSError as e: raise OSError(f'cannot load model {model}: {e}') from e
     check_plain_logits(loaded)
     return loaded, tokenizer
 
