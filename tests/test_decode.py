@@ -1,0 +1,181 @@
+"A head on small random models of many architectures"
+import copy, math
+
+import pytest, torch
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+
+from simpledeco.decode import MinP, attach, check_plain_logits, divide, sampling
+from simpledeco.head import TemperatureHead
+from simpledeco.model import fingerprint, load_model
+from conftest import ROOT
+
+SIZE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+KINDS = dict(llama=SIZE, qwen2=SIZE, qwen3=SIZE, gemma=SIZE, mixtral=SIZE | dict(num_local_experts=4), phi3=SIZE, olmo2=SIZE, gpt_neox=SIZE,
+             gpt2=dict(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False))
+
+
+def tiny(kind, **kw):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS.get(kind, SIZE), **kw)).eval()
+    with torch.no_grad(): model.get_output_embeddings().weight.mul_(20) # logits of several nats, as of a trained model
+    return model
+
+
+def head_for(model, reads='logits', seed=1):
+    "A head whose temperatures differ from token to token"
+    torch.manual_seed(seed)
+    size, marks = model.get_output_embeddings().weight.shape[1], fingerprint(model)
+    return TemperatureHead(size, reads=reads, base_model=marks).eval()
+
+
+def direct(head, hidden, logits, scale):
+    "z / (scale T) in float64, without the code under test"
+    x = hidden if head.reads == 'hidden' else head.live_inputs(hidden, logits)
+    tau = copy.deepcopy(head).double().net((x.double() - head.mean.double())/head.std.double())[..., 0]
+    return logits.double()/(scale*tau.clamp(head.t_min, head.t_max))[..., None]
+
+
+IDS = torch.tensor([[5, 17, 40, 99, 7, 250, 31]])
+
+
+@pytest.mark.parametrize('reads', ['logits', 'hidden'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_logits_are_divided_and_the_model_is_restored(kind, reads):
+    model = tiny(kind)
+    head = head_for(model, reads)
+    weights = {k: v.clone() for k,v in model.state_dict().items()}
+    with torch.no_grad():
+        base, hidden = model(IDS).logits, model.base_model(IDS).last_hidden_state
+        with attach(model, head, scale=1.7): divided = model(IDS).logits
+        after = model(IDS).logits
+    assert divided.dtype == torch.float32 and not torch.allclose(divided, base)
+    torch.testing.assert_close(divided.double(), direct(head, hidden, base, 1.7), rtol=1e-4, atol=1e-4)
+    assert torch.equal(after, base) and not model.get_output_embeddings()._forward_hooks
+    assert all(torch.equal(v, weights[k]) for k,v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_greedy_is_the_same_and_sampling_is_not(kind):
+    model = tiny(kind)
+    head, kw = head_for(model), dict(attention_mask=torch.ones_like(IDS), max_new_tokens=12)
+    plain = model.generate(IDS, do_sample=False, **kw)
+    torch.manual_seed(0); hot = model.generate(IDS, do_sample=True, top_k=0, logits_processor=[MinP(.1)], **kw)
+    with attach(model, head, scale=5):
+        assert torch.equal(model.generate(IDS, do_sample=False, **kw), plain)
+        torch.manual_seed(0); hotter = model.generate(IDS, **sampling(head), **kw)
+    assert hotter.shape != hot.shape or not torch.equal(hotter, hot)
+
+
+def test_every_sampled_token_is_a_candidate():
+    "Sampled text, checked afterwards against the closed form: gap <= T log(1/min_p)"
+    model = tiny('llama')
+    head = head_for(model)
+    with attach(model, head, scale=2.): out = model.generate(IDS.expand(16, -1), attention_mask=torch.ones(16, 7), max_new_tokens=20, **sampling(head))
+    with torch.no_grad(): z = model(out).logits[:, 6:-1]
+    T, token = 2*head.temperature(head.live_inputs(z, z)).detach(), out[:, 7:]
+    gap = z.max(-1).values - z.gather(-1, token[..., None])[..., 0]
+    lived = (token != 0).cummin(1).values # until the end of the text
+    assert (gap <= T*math.log(10) + 1e-4)[lived].all() and (gap[lived] > 0).any() and (token[lived] != z.argmax(-1)[lived]).float().mean() > .2
+
+
+def test_left_padding_does_not_change_the_temperature():
+    model = tiny('qwen3')
+    head = head_for(model)
+    padded, mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), IDS], 1), torch.tensor([[0]*5 + [1]*7])
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), attach(model, head): torch.testing.assert_close(model(padded, attention_mask=mask, position_ids=position).logits[:, 5:], model(IDS).logits, rtol=1e-4, atol=1e-4)
+    with attach(model, head):
+        alone = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False)
+        assert torch.equal(model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 5:], alone)
+
+
+def test_static_cache_gives_the_same_tokens():
+    model = tiny('llama')
+    head, kw = head_for(model), dict(attention_mask=torch.ones_like(IDS), max_new_tokens=10)
+    with attach(model, head, scale=3.):
+        torch.manual_seed(0); dynamic = model.generate(IDS, **sampling(head), **kw)
+        torch.manual_seed(0); assert torch.equal(model.generate(IDS, cache_implementation='static', **sampling(head), **kw), dynamic)
+
+
+def test_beam_search_ranks_by_the_divided_logits():
+    "Two beams and two steps, against an enumeration of all pairs of tokens"
+    model = tiny('llama')
+    head, found = head_for(model), {}
+    with attach(model, head, scale=3.):
+        out = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, min_new_tokens=2, num_beams=300, do_sample=False, output_scores=True, return_dict_in_generate=True)
+        with torch.no_grad():
+            first = model(IDS).logits[0, -1].log_softmax(-1).index_fill(0, torch.tensor([2]), -torch.inf) # the end of the text is not allowed yet
+            pairs = torch.cat([IDS.expand(300, -1), torch.arange(300)[:, None]], 1)
+            second = model(pairs).logits[:, -1].log_softmax(-1).index_fill(1, torch.tensor([2]), -torch.inf)
+    best = (first[:, None] + second).flatten().argmax().item()
+    assert out.sequences[0, 7:].tolist() == [best//300, best % 300]
+
+
+def test_compiled_before_or_after_attaching():
+    model = tiny('llama')
+    head = head_for(model)
+    compiled = torch.compile(model, backend='eager')
+    with torch.no_grad():
+        base = compiled(IDS).logits
+        with attach(model, head): divided, eager = compiled(IDS).logits, model(IDS).logits
+        torch.testing.assert_close(divided, eager)
+        assert not torch.allclose(divided, base)
+        torch.testing.assert_close(compiled(IDS).logits, base)
+
+
+def test_pipeline():
+    model, tokenizer = load_model(ROOT/'models/smoke')
+    head = head_for(model)
+    ask = pipeline('text-generation', model=model, tokenizer=tokenizer)
+    texts, kw = ['One plus one is', 'Once'], dict(max_new_tokens=6, return_full_text=False)
+    plain = [x[0]['generated_text'] for x in ask(texts, do_sample=False, **kw)]
+    with attach(model, head, scale=4.):
+        assert [x[0]['generated_text'] for x in ask(texts, do_sample=False, **kw)] == plain
+        assert [x[0]['generated_text'] for x in ask(texts, **sampling(head), **kw)] != plain
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_order_of_the_logits(dtype):
+    model = tiny('llama').to(dtype)
+    head = head_for(model)
+    ids = torch.randint(3, 300, (40, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        base, hidden = model(ids).logits, model.base_model(ids).last_hidden_state
+        with attach(model, head, scale=.9): divided = model(ids).logits
+        T = .9*head.temperature(head.live_inputs(hidden, base))
+    assert base.dtype == dtype and T.dtype == divided.dtype == torch.float32
+    assert torch.equal(divided, base.float()/T[..., None])
+    order = base.float().argsort(dim=-1, stable=True)
+    assert (divided.gather(-1, order).diff(dim=-1) >= 0).all() and torch.equal(divided.argmax(-1), base.argmax(-1))
+
+
+def test_neighbours_in_half_precision_do_not_become_equal():
+    "The two largest logits are neighbours in bfloat16; rounding the quotient to it would let the first of the vocabulary win"
+    low = torch.arange(128, 256).to(torch.bfloat16)/4
+    z = torch.zeros(len(low), 300, dtype=torch.bfloat16)
+    z[:, 10], z[:, 20] = low, torch.nextafter(low, torch.full_like(low, torch.inf))
+    head = TemperatureHead(32).eval()
+    divided = divide(z, z[:, :32], head)
+    assert (divided.argmax(-1) == 20).all() and (z.argmax(-1) == 20).all()
+    assert (divided.to(torch.bfloat16).argmax(-1) == 10).any()
+
+
+@pytest.mark.parametrize('kind, kw', [('gemma2', {}), ('cohere', {}), ('granite', dict(logits_scaling=8.))])
+def test_architectures_that_change_their_logits_afterwards_are_refused(kind, kw):
+    model = tiny(kind, **kw)
+    with pytest.raises(ValueError, match='after the output embedding'): attach(model, head_for(model))
+    assert not model.get_output_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize('kind, kw', [('gemma2', dict(final_logit_softcapping=None)), ('cohere', dict(logit_scale=1.)), ('granite', dict(logits_scaling=1.))])
+def test_the_same_architectures_without_that_change_are_fine(kind, kw): check_plain_logits(tiny(kind, **kw))
+
+
+def test_a_second_head_and_a_foreign_head():
+    model = tiny('llama')
+    other = head_for(tiny('qwen2'))
+    with attach(model, head_for(model)):
+        with pytest.raises(ValueError, match='remove it first'): attach(model, head_for(model))
+    with pytest.raises(ValueError, match='trained for base model'): attach(model, other)
+    with torch.no_grad(), attach(model, other, other_model=True): assert torch.isfinite(model(IDS).logits).all()

@@ -1,0 +1,176 @@
+"Real generation from SmolLM2 in stock vLLM: run by `make test-vllm`, in an environment of its own"
+import json, math, os, signal, socket, subprocess, sys, time, urllib.request
+
+import pytest, torch
+from scipy.stats import chisquare
+from conftest import ROOT
+
+from simpledeco.decode import attach, min_p_filter
+from simpledeco.head import TemperatureHead
+from simpledeco.model import fingerprint, load_model
+from simpledeco.vllm import PREFIX, serve_dir
+
+vllm = pytest.importorskip('vllm', reason='run `make test-vllm`')
+MODEL = ROOT/'models/embedded'
+SETTINGS = dict(dtype='float32', max_model_len=512, max_num_seqs=64, enforce_eager=True)
+os.environ |= dict(HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='1', VLLM_NO_USAGE_STATS='1')
+PROMPTS = ['What is the capital of France?', 'Write the first line of a poem.', 'What is 17 + 25?', 'Tell me a surprising fact.']
+
+
+@pytest.fixture(scope='module')
+def reference(): return load_model(MODEL)
+
+
+@pytest.fixture(scope='module')
+def prompts(reference):
+    return [reference[1].apply_chat_template([dict(role='user', content=p)], add_generation_prompt=True, tokenize=False) for p in PROMPTS]
+
+
+@pytest.fixture(scope='module')
+def served(reference, tmp_path_factory):
+    "A folder for each kind of head; random ones, whose temperatures differ from token to token"
+    folder, out = tmp_path_factory.mktemp('served'), {}
+    for reads in ('logits', 'hidden'):
+        torch.manual_seed(3)
+        head = TemperatureHead(576, reads=reads, base_model=fingerprint(reference[0]))
+        head.mean.fill_(1.); head.std.fill_(4.)
+        head.save_pretrained(folder/f'head-{reads}')
+        out[reads] = head.eval(), serve_dir(folder/f'head-{reads}', MODEL, folder/reads, scale=1.25)
+    return out
+
+
+@pytest.fixture(scope='module')
+def base(): return vllm.LLM(str(MODEL), **SETTINGS)
+
+
+@pytest.fixture(scope='module')
+def ours(served): return vllm.LLM(str(served['logits'][1]), **SETTINGS)
+
+
+def expected(reference, head, prompt, ids):
+    "What transformers makes of the same tokens: logits [n, V], temperatures [n], log-probabilities with the head attached [n, V]"
+    model, tokenizer = reference
+    start = tokenizer(prompt, add_special_tokens=False).input_ids
+    x, rows = torch.tensor([start + list(ids)]), slice(len(start) - 1, -1)
+    with torch.no_grad():
+        hidden, z = model.base_model(x).last_hidden_state[0, rows], model(x).logits[0, rows]
+        with attach(model, head, scale=1.25): divided = model(x).logits[0, rows]
+    return z, 1.25*head.temperature(head.live_inputs(hidden, z)).detach(), divided.log_softmax(-1)
+
+
+def compare(reference, head, prompt, ids, logprobs):
+    "Log-probabilities by token id against transformers; the temperature, recovered from two of them, against the head's"
+    z, T, wanted = expected(reference, head, prompt, ids)
+    for i,found in enumerate(logprobs):
+        best, other = sorted(found, key=found.get)[-1], sorted(found, key=found.get)[0]
+        recovered = (z[i, best] - z[i, other]).item()/(found[best] - found[other])
+        assert math.isclose(recovered, T[i].item(), rel_tol=2e-3), (recovered, T[i])
+        for token,value in found.items(): assert abs(value - wanted[i, token].item()) < .01*(1 + abs(value)), (i, token)
+    return T
+
+
+def test_there_is_a_class_with_a_head_for_every_class_of_vllm():
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.interfaces_base import is_text_generation_model
+    vllm.plugins.load_general_plugins()
+    names = vllm.ModelRegistry.get_supported_archs()
+    own = {n for n in names if not n.startswith(PREFIX)}
+    assert len(own) > 100 and own == {n.removeprefix(PREFIX) for n in names - own}
+    for name in ('LlamaForCausalLM', 'Qwen3ForCausalLM', 'Gemma3ForCausalLM', 'MixtralForCausalLM', 'GPT2LMHeadModel'):
+        base, made = (vllm.ModelRegistry.models[n].load_model_cls() for n in (name, PREFIX + name))
+        assert issubclass(made, base) and made is not base and is_text_generation_model(made)
+        assert vllm.ModelRegistry.models[PREFIX + name].load_model_cls() is made
+    assert MODELS_CONFIG_MAP[PREFIX + 'GptOssForCausalLM'] is MODELS_CONFIG_MAP['GptOssForCausalLM']
+
+
+def test_greedy_is_that_of_the_model(base, ours, prompts):
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=32)
+    plain, divided = ([o.outputs[0].token_ids for o in engine.generate(prompts, greedy, use_tqdm=False)] for engine in (base, ours))
+    assert divided == plain and sum(map(len, plain)) > 60
+
+
+def test_temperatures_are_those_of_transformers(reference, served, ours, prompts):
+    seen = []
+    for prompt,out in zip(prompts, ours.generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=24, logprobs=8), use_tqdm=False)):
+        o = out.outputs[0]
+        seen.append(compare(reference, served['logits'][0], prompt, o.token_ids, [{t: x.logprob for t,x in step.items()} for step in o.logprobs]))
+    assert torch.cat(seen).std() > .1, 'temperatures that are all alike would prove nothing'
+
+
+def test_min_p_is_the_default_and_a_request_may_change_it(served, ours):
+    assert ours.get_default_sampling_params().min_p == served['logits'][0].min_p
+    assert ours.get_default_sampling_params().temperature == 1
+
+
+@pytest.mark.parametrize('temperature, min_p', [(1., .1), (2., .1), (1.5, .02)])
+def test_first_tokens_have_the_frequencies_that_they_should(reference, served, ours, prompts, temperature, min_p):
+    "Request-level temperature multiplies, and min-p comes after it: a chi-square test of sampled first tokens"
+    head, prompt, n = served['logits'][0], prompts[1], 1024
+    z, T, _ = expected(reference, head, prompt, [0])
+    p = min_p_filter(z[0]/(T[0]*temperature), min_p).softmax(-1)
+    params = vllm.SamplingParams(temperature=temperature, min_p=min_p, top_k=0, max_tokens=1, n=64, seed=None)
+    drawn = torch.tensor([o.token_ids[0] for out in ours.generate([prompt]*(n//64), params, use_tqdm=False) for o in out.outputs])
+    counts = drawn.bincount(minlength=len(p))
+    assert (p[drawn] > 0).all(), 'a token that min-p cuts was drawn'
+    common = p*n >= 5
+    seen, wanted = counts[common].tolist() + [int(counts[~common].sum())], (p[common]*n).tolist() + [float(p[~common].sum()*n)]
+    if wanted[-1] < 5: seen, wanted = seen[:-2] + [seen[-2] + seen[-1]], wanted[:-2] + [wanted[-2] + wanted[-1]]
+    assert len(seen) > 3 and chisquare(seen, [w*n/sum(wanted) for w in wanted]).pvalue > 1e-4
+
+
+def test_without_the_plugin_the_folder_is_refused(served):
+    code = f'from vllm.config import ModelConfig; ModelConfig({str(served["logits"][1])!r})'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(VLLM_PLUGINS='lora_filesystem_resolver'))
+    assert done.returncode and f'{PREFIX}LlamaForCausalLM' in done.stderr and 'not supported' in done.stderr
+
+
+@pytest.fixture(scope='module')
+def server(served, tmp_path_factory):
+    "`vllm serve` on a free port of this machine"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    command = [os.path.join(os.path.dirname(sys.executable), 'vllm'), 'serve', served['hidden'][1], '--served-model-name', 'smol', '--host', '127.0.0.1', '--port', str(port), '--dtype', 'float32',
+               '--max-model-len', '512', '--enforce-eager']
+    log = tmp_path_factory.mktemp('server')/'log'
+    with open(log, 'w') as f: process = subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5); break
+            except OSError: time.sleep(2)
+        yield f'http://127.0.0.1:{port}'
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def post(server, path, **body):
+    request = urllib.request.Request(server + path, json.dumps(dict(model='smol', **body)).encode(), {'Content-Type': 'application/json'})
+    return json.load(urllib.request.urlopen(request, timeout=300))
+
+
+def test_server_greedy_and_temperatures(reference, served, server, base, prompts):
+    "The head of this server reads hidden states"
+    tokenizer, seen = reference[1], []
+    for prompt in prompts:
+        choice = post(server, '/v1/completions', prompt=prompt, temperature=0, max_tokens=24, logprobs=5, return_tokens_as_token_ids=True)['choices'][0]
+        ids = [int(t.removeprefix('token_id:')) for t in choice['logprobs']['tokens']]
+        assert ids == list(base.generate([prompt], vllm.SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)[0].outputs[0].token_ids)
+        found = [{int(t.removeprefix('token_id:')): v for t,v in step.items()} for step in choice['logprobs']['top_logprobs']]
+        seen.append(compare(reference, served['hidden'][0], prompt, ids, found))
+    assert torch.cat(seen).std() > .1
+
+
+def test_server_takes_the_min_p_of_the_head_unless_told(reference, served, server, prompts):
+    z, T, _ = expected(reference, served['hidden'][0], prompts[1], [0])
+    drawn = lambda **kw: {int(c['logprobs']['tokens'][0].removeprefix('token_id:')) for c in post(server, '/v1/completions', prompt=prompts[1], n=64, max_tokens=1, logprobs=0,
+                                                                                                     return_tokens_as_token_ids=True, **kw)['choices']}
+    inside = lambda ids, temperature, min_p: bool(torch.isfinite(min_p_filter(z[0]/(T[0]*temperature), min_p))[sorted(ids)].all())
+    default, wide, hot = drawn(), drawn(min_p=1e-9), drawn(temperature=4.)
+    assert inside(default, 1, .1) and len(default) > 1
+    assert not inside(wide, 1, .1)
+    assert inside(hot, 4, .1) and not inside(hot, 1, .1)
+
+
+def test_server_chat(server):
+    out = post(server, '/v1/chat/completions', messages=[dict(role='user', content=PROMPTS[0])], temperature=0, max_tokens=16)
+    assert 'Paris' in out['choices'][0]['message']['content']
