@@ -5,7 +5,7 @@ can redraw one without a model."""
 
 # %% auto #0
 __all__ = ['STYLE', 'MARKS', 'RATES', 'save', 'plot_v_curve', 'plot_auroc', 'plot_tradeoff', 'plot_losses', 'plot_contract',
-           'plot_efficiency', 'plot_stability', 'plot_cost', 'plot_decomposition']
+           'plot_efficiency', 'plot_stability', 'plot_cost', 'plot_decomposition', 'plot_lethality']
 
 # %% ../nbs/12_plots.ipynb #b79126fa
 import matplotlib.pyplot as plt
@@ -207,3 +207,24 @@ def plot_decomposition(
         fig.legend(*axes[0].get_legend_handles_labels(), ncol=len(marks), loc='outside upper center')
     plt.close(fig)
     return fig
+
+# %% ../nbs/12_plots.ipynb #1e7b0001
+def plot_lethality(
+    table:pd.DataFrame, # columns reads, mix, q05, q25, q50, q75, q95, at_t_min, near_t_max
+):
+    "E5: distribution of predicted temperatures on the balanced held-out set, by training mix"
+    names = list(dict.fromkeys(table.reads))
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, len(names), figsize=(6.3, 3.1), sharey=True, constrained_layout=True, squeeze=False)
+        for ax,name in zip(axes[0], names): _lethality_panel(ax, table[table.reads == name], f'reads {name}')
+        axes[0, 0].invert_yaxis(); fig.supxlabel('predicted temperature', fontsize=8)
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/12_plots.ipynb #1e7b0002
+def _lethality_panel(ax, rows, title):
+    boxes = [dict(whislo=r.q05, q1=r.q25, med=r.q50, q3=r.q75, whishi=r.q95, label=r['mix']) for _,r in rows.iterrows()]
+    ax.bxp(boxes, orientation='horizontal', showfliers=False, patch_artist=True, boxprops=dict(facecolor='.85', lw=.6), medianprops=dict(color='k', lw=1.5))
+    for y,(_,r) in enumerate(rows.iterrows(), 1): ax.text(15, y, f'{r.at_t_min:4.0%} {r.near_t_max:4.0%}', va='center', fontsize=6, family='monospace')
+    ax.text(15, .2, ' min  max', fontsize=6, family='monospace')
+    ax.set(xscale='log', xlim=(.008, 100), xticks=[.01, .1, 1, 10], xticklabels=['0.01', '0.1', '1', '10']); ax.set_title(title, fontsize=8); ax.minorticks_off()
