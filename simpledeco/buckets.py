@@ -88,11 +88,11 @@ def balanced_rows(
     rows:torch.Tensor, # [M] candidate rows
     seed:int=0,
 )->dict: # row numbers by corpus: equally many of each bucket and corpus
-    "The largest set that is balanced by bucket and corpus. Raises `ValueError` when no corpus has all buckets"
+    "A large and broad set that is balanced by bucket and corpus. Raises `ValueError` when no corpus has all buckets"
     names, found = [table.examples[e]['corpus'] for e in table['example'][rows].tolist()], table_buckets(table, rows)
     cells = {c: [rows[torch.tensor([n == c for n in names]) & (found == b)] for b in range(len(BUCKETS))] for c in dict.fromkeys(names)}
     least = {c: min(map(len, x)) for c,x in cells.items()}
-    each = max(least.values(), key=lambda n: n*sum(m >= n for m in least.values()))
+    each = max(least.values(), key=lambda n: n*sum(m >= n for m in least.values())**2) # breadth before size
     if not each: raise ValueError('no corpus has tokens of every bucket: scan more examples')
     generator = torch.Generator().manual_seed(seed)
     return {c: torch.cat([r[torch.randperm(len(r), generator=generator)[:each]] for r in cells[c]]) for c in cells if least[c] >= each}
