@@ -41,7 +41,7 @@ def test_an_unknown_parameter_is_named(tmp_path):
 KILLS = int(os.environ.get('SIMPLEDECO_KILLS', 2)) # of each kind; `make faults` asks for many
 COUNTS = {}
 
-def scanning(out): scan(*load_model(ROOT/'models/smoke'), load_examples(ROOT, 3), out/'table', shard_examples=4, progress=False)
+def scanning(out): scan(*load_model(ROOT/'models/smoke'), load_examples(ROOT, 2), out/'table', shard_examples=4, progress=False)
 
 
 def training(out): fit(TokenTable(out.parent/'whole/table'), steps=60, width=16).save_pretrained(out/'head')
