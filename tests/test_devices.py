@@ -36,6 +36,6 @@ def test_attached_head_divides_in_float32(device, dtype, reads):
         base, hidden = model(ids).logits, model.base_model(ids).last_hidden_state
         with attach(model, head): divided = model(ids).logits
         T = head.temperature(head.live_inputs(hidden, base))
-    assert T.dtype == torch.float32 and divided.dtype == base.dtype
-    torch.testing.assert_close(divided, (base.float()/T[..., None]).to(base.dtype))
+    assert T.dtype == divided.dtype == torch.float32
+    torch.testing.assert_close(divided, base.float()/T[..., None])
     with attach(model, head): assert model.generate(ids, max_new_tokens=8, **sampling(head)).shape[1] > ids.shape[1]
