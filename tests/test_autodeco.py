@@ -179,7 +179,10 @@ def test_controls_keep_what_they_should():
     assert (edt(H.sort().values, .9, 2.).diff() >= 0).all() and edt(H, .9, 2.).max() < .9 and edt(H[:1], .9, 2.).item() == pytest.approx(.9*.8**(2/H[0].item()))
     gap = H*torch.rand(1000, generator=generator)*3
     head = fit_entropy_head(gap, H, min_p=.1, risk=.2)
-    for part in H.argsort().chunk(32)[1:-1]: assert abs((gap[part]/math.log(10) > head(H[part])).float().mean() - .2) < .06
+    said = head(H)
+    for value in said.unique():
+        part = said == value # one bin
+        assert abs((gap[part]/math.log(10) > value).float().mean() - .2) <= 1/part.sum()
 
 
 def test_gradients_stay_finite_where_the_true_token_is_all_but_impossible():
