@@ -8,6 +8,7 @@ __all__ = ['pass_at_k', 'majority_right', 'ngrams', 'distinct_n', 'repetition', 
            'frontier_excess']
 
 # %% ../nbs/11a_text.ipynb #5f547d4b
+import re
 from collections import Counter
 from math import comb
 
@@ -29,7 +30,7 @@ def majority_right(
     right:list, # bool for each
 )->bool:
     "Is the most frequent answer right? Case and punctuation do not count, the earliest of equals wins"
-    plain = [''.join(ch for ch in t.lower() if ch.isalnum()) for t in texts]
+    plain = [' '.join(re.findall(r'-?\d+(?:\.\d+)?|\w+', t.lower())) for t in texts] # signs and decimal points count
     return right[plain.index(Counter(plain).most_common(1)[0][0])]
 
 # %% ../nbs/11a_text.ipynb #55ea1317
