@@ -45,7 +45,7 @@ notebooks: setup
 	python -m simpledeco.paper --readme nbs/index.ipynb README.md
 
 clean:
-	rm -rf build/*.ipynb heads tokens models data paper/main.pdf
+	rm -rf build/*.ipynb heads tokens models answers judged autodeco data paper/main.pdf
 	cd paper && (latexmk -c -silent 2>/dev/null || true)
 
 # speed and memory as ratios, in benchmarks/results.json; many kills and much bad input, in benchmarks/faults.json and bad_input.json

@@ -53,7 +53,9 @@ def _draw(rule, hidden, logits, min_p, generator):
     x = logits.float()/T.clamp(min=1e-6)[:, None]
     if top_p is not None: x = top_p_filter(x, top_p)
     elif min_p is not None: x = min_p_filter(x, min_p)
-    return torch.multinomial(x.softmax(-1), 1, generator=generator)[:, 0]
+    mass = x.softmax(-1).cumsum(-1, dtype=torch.float64) # one uniform number a row: `multinomial` draws one for each of the V tokens
+    u = torch.rand(len(x), 1, dtype=torch.float64, device=x.device, generator=generator)*mass[:, -1:]
+    return torch.searchsorted(mass, u, right=True)[:, 0]
 
 # %% ../nbs/08a_sample.ipynb #223802ae
 class Answer(NamedTuple):

@@ -25,7 +25,7 @@ def project_root(
     raise FileNotFoundError(f'no settings.ini in {start} or above it: run this inside a clone of simpledeco')
 
 # %% ../nbs/00_settings.ipynb #d7a942d5
-PROFILE_KEYS = dict(model=str, sha256=str, max_examples=int, prompts=int, test_prompts=int, samples=int, device=str, dtype=str, batch_tokens=int, shard_examples=int, max_tokens=int,
+PROFILE_KEYS = dict(model=str, sha256=str, max_examples=int, prompts=int, test_prompts=int, samples=int, seeds=int, device=str, dtype=str, batch_tokens=int, shard_examples=int, max_tokens=int,
                     corpora=str, reward_model=str)
 
 # %% ../nbs/00_settings.ipynb #829fbfdb
