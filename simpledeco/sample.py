@@ -36,13 +36,14 @@ def head_rule(
 
 # %% ../nbs/08a_sample.ipynb #cb151b34
 def top_p_filter(
-    logits:torch.Tensor, # [N, V], already divided by the temperature
-    top_p:torch.Tensor, # [N] mass of the nucleus
-)->torch.Tensor: # [N, V] with -inf where a token is cut
-    "Keep the smallest set of most likely tokens whose mass reaches top_p (Holtzman et al. 2020)"
+    logits:torch.Tensor, # [..., V], already divided by the temperature
+    top_p:torch.Tensor, # [...] mass of the nucleus, one for each row
+)->torch.Tensor: # [..., V] with -inf where a token is cut
+    "Keep the smallest set of most likely tokens whose mass reaches top_p, never none (Holtzman et al. 2020)"
     ordered, order = logits.sort(-1, descending=True)
     p = ordered.softmax(-1)
-    cut = p.cumsum(-1) - p >= top_p[:, None]
+    cut = p.cumsum(-1) - p >= top_p[..., None]
+    cut[..., 0] = False
     return logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -torch.inf)
 
 # %% ../nbs/08a_sample.ipynb #cb6122c5
