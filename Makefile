@@ -34,6 +34,15 @@ test: setup
 	nbdev-test nbs --n-workers 1
 	python -m pytest
 
+# the profile [full]: as many prompts as there are, three seeds; its results are committed with the commit and the date that made them
+.PHONY: full
+full: setup
+	rm -rf build/full && git clone -q . build/full && ln -s $(CURDIR)/.venv build/full/.venv
+	cd build/full && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.data && PYTHONPATH=. dvc repro frontier
+	for f in onpolicy frontier; do cp build/full/metrics/$$f.json metrics/full_$$f.json; done
+	cp build/full/plots/frontier.csv plots/full_frontier.csv
+	cd build/full && git log -1 --format='{"commit": "%h", "date": "%cs"}' > ../../metrics/full_run.json
+
 lab: setup
 	jupyter lab nbs
 

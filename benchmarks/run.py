@@ -6,6 +6,7 @@ import json, os, subprocess, sys, time
 from pathlib import Path
 
 import torch
+from cost import training
 from transformers import LogitsProcessorList, MinPLogitsWarper
 
 from simpledeco.data import encode, load_examples
@@ -92,10 +93,10 @@ def decode(model, tokenizer, reads, batch=16, new=24, rounds=4):
     return dict(ratio=s/o, head_tokens_per_second=batch*new*rounds/o, static_tokens_per_second=batch*new*rounds/s)
 
 
-def training():
-    "Ours against AutoDeco, over the size of the vocabulary: benchmarks/training.py"
-    subprocess.run([sys.executable, Path(__file__).parent/'training.py'], cwd=ROOT, check=True)
-    return json.loads((Path(__file__).parent/'training.json').read_text())
+def over_vocabularies():
+    "Ours against AutoDeco, over the size of the vocabulary"
+    rows = training((1024, 8192, 49152, 151936), 2)
+    return {f"ratio at V = {r['vocabulary']:,}": r['ratio'] for r in rows} | dict(rows=rows)
 
 
 def dvc():
@@ -112,7 +113,7 @@ if __name__ == '__main__':
     parts = {'pre-scan / bare forward': lambda: prescan(model, tokenizer, p), 'peak memory, corpus x 4': memory,
              'min-p filter / transformers, V = 49,152': lambda: sampler(49152), 'min-p filter / transformers, V = 151,936': lambda: sampler(151936),
              'decoding, head on logits / static': lambda: decode(model, tokenizer, 'logits'), 'decoding, head on hidden / static': lambda: decode(model, tokenizer, 'hidden'),
-             'warm dvc repro': dvc, 'training': training}
+             'warm dvc repro': dvc, 'training tokens/s, ours / AutoDeco': over_vocabularies}
     results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0])
     for name,part in parts.items():
         results[name] = part()

@@ -231,7 +231,7 @@ def _lethality_panel(ax, rows, title):
     ax.set(xscale='log', xlim=(.008, 100), xticks=[.01, .1, 1, 10], xticklabels=['0.01', '0.1', '1', '10']); ax.set_title(title, fontsize=8); ax.minorticks_off()
 
 # %% ../nbs/12_plots.ipynb #aa7f1db3
-FRONTIER_MARKS = {'left out': 'o', 'left out, scale 1': '<', 'left out, scale 3': '>', 'in domain': 's', 'MeanShift': 'x', 'shuffled': '+', 'AutoDeco': '^', 'EDT': 'D', 'entropy rule': 'd', 'training-free': 'v', 'reference text': 'P', 'right answers only': 'p'}
+FRONTIER_MARKS = {'left out': 'o', 'no geography': '<', 'in domain': 's', 'MeanShift': 'x', 'shuffled within entropy': '+', 'AutoDeco': '^', 'AutoDeco, MeanShift': '1', 'EDT': 'D', 'training-free': 'v', 'reference text': 'P', 'right answers only': 'p'}
 
 # %% ../nbs/12_plots.ipynb #649ccd37
 def plot_frontier(
@@ -243,7 +243,7 @@ def plot_frontier(
         for kind,ls in (('static min-p', '.-'), ('static top-p', '.:')): _frontier_line(ax, table[table.kind == kind].sort_values('diversity'), kind, ls)
         rows = table.set_index('method')
         for k,(name,mark) in enumerate((n, m) for n,m in FRONTIER_MARKS.items() if n in rows.index):
-            r, ours = rows.loc[name], name.startswith(('left out', 'in domain'))
+            r, ours = rows.loc[name], name in ('left out', 'no geography', 'in domain')
             ax.errorbar(r.diversity, r.accuracy, [[r.accuracy - r.lo], [r.hi - r.accuracy]] if name == 'left out' else None, fmt=mark, color='k' if ours else '.45', mfc='k' if ours else 'w', ms=6 if ours else 5, lw=.7, label=name)
         ax.set(xlabel='variety of answers to open prompts (distinct-2)', ylabel='accuracy on questions')
         ax.legend(loc='center left', bbox_to_anchor=(1, .5))
