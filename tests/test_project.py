@@ -56,7 +56,7 @@ def test_stage_passes_every_parameter_of_its_notebook(path):
 def test_parameters_and_profiles_are_known():
     params = check_params(load_params(ROOT), list(CORPORA))
     assert set(params) == {p for s in STAGES.values() for p in s.get('params', [])}
-    for name in ('embedded', 'smoke', 'hub'): load_profile(name, ROOT)
+    for name in ('embedded', 'full', 'smoke', 'hub'): load_profile(name, ROOT)
 
 
 def test_stages_depend_on_the_modules_that_they_import():
