@@ -42,7 +42,7 @@ full: setup
 	rm -rf build/full && git clone -q . build/full && ln -s $(CURDIR)/.venv build/full/.venv
 	cd build/full && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.data && PYTHONPATH=. dvc repro frontier
 	for f in onpolicy frontier; do cp build/full/metrics/$$f.json metrics/full_$$f.json; done
-	cp build/full/plots/frontier.csv plots/full_frontier.csv
+	for f in frontier samples; do cp build/full/plots/$$f.csv plots/full_$$f.csv; done
 	cd build/full && git log -1 --format='{"commit": "%h", "date": "%cs"}' > ../../metrics/full_run.json
 
 lab: setup
