@@ -230,6 +230,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'simpledeco.sample._step': ('sample.html#_step', 'simpledeco/sample.py'),
                                    'simpledeco.sample.constant': ('sample.html#constant', 'simpledeco/sample.py'),
                                    'simpledeco.sample.head_rule': ('sample.html#head_rule', 'simpledeco/sample.py'),
+                                   'simpledeco.sample.prompt_ids': ('sample.html#prompt_ids', 'simpledeco/sample.py'),
                                    'simpledeco.sample.sample': ('sample.html#sample', 'simpledeco/sample.py'),
                                    'simpledeco.sample.top_p_filter': ('sample.html#top_p_filter', 'simpledeco/sample.py')},
             'simpledeco.settings': { 'simpledeco.settings._check_corpora': ('settings.html#_check_corpora', 'simpledeco/settings.py'),
