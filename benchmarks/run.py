@@ -19,13 +19,13 @@ from simpledeco.settings import load_profile, project_root
 ROOT, DVC = project_root(Path(__file__).parent), Path(sys.executable).parent/'dvc'
 
 
-def turns(first, second, rounds, warm=1):
+def turns(first, second, rounds, warm=1, clock=time.perf_counter):
     "Seconds that two functions take, alternating; each is called with the number of the round"
     total = [0., 0.]
     for i in range(-warm, rounds):
         for k,f in enumerate((first, second)):
-            start = time.perf_counter(); f(max(i, 0))
-            if i >= 0: total[k] += time.perf_counter() - start
+            start = clock(); f(max(i, 0))
+            if i >= 0: total[k] += clock() - start
     return total
 
 
@@ -79,7 +79,7 @@ def sampler(vocabulary, batch=16, rounds=20):
     return dict(ratio=t/o, vocabulary=vocabulary, ours_milliseconds=1000*o/rounds, theirs_milliseconds=1000*t/rounds)
 
 
-def decode(model, tokenizer, reads, batch=16, new=24, rounds=4):
+def decode(model, tokenizer, reads, batch=16, new=24, rounds=4, clock=time.perf_counter):
     "The same engine and the same min-p filter, with a head and with a static temperature of 1"
     head = TemperatureHead(model.config.hidden_size, reads=reads, base_model=fingerprint(model)).eval()
     ids = tokenizer(['The capital of France is']*batch, return_tensors='pt').input_ids
@@ -89,7 +89,7 @@ def decode(model, tokenizer, reads, batch=16, new=24, rounds=4):
 
     def ours(i):
         with attach(model, head): model.generate(ids, **(options | sampling(head)))
-    s, o = turns(static, ours, rounds)
+    s, o = turns(static, ours, rounds, clock=clock)
     return dict(ratio=s/o, head_tokens_per_second=batch*new*rounds/o, static_tokens_per_second=batch*new*rounds/s)
 
 

@@ -79,8 +79,8 @@ def serve_dir(
     scale:float=1.0, # multiplies every temperature
     other_model:bool=False, # accept a model that the head was not trained for, without looking at it
 )->Path: # the folder
-    "Write a folder for `vllm serve`. Raises `ValueError` when head and model do not fit or the folder exists"
-    out, source = Path(out), Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model)))
+    "Write a folder for `vllm serve`. Raises `ValueError` when head and model do not fit or the folder exists, `OSError` when the hub does not give the model"
+    out, source = Path(out), _source(model)
     if out.exists(): raise ValueError(f'{out} exists: choose another folder or delete it')
     if not scale > 0: raise ValueError(f'scale is {scale!r}: it must be a positive number')
     head = TemperatureHead.from_pretrained(head)
@@ -91,6 +91,13 @@ def serve_dir(
     try: _fill(tmp, source, head, files); tmp.chmod(0o755); os.replace(tmp, out)
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return out
+
+# %% ../nbs/14_vllm.ipynb #5c1e0d7a
+def _source(model):
+    "The folder of a model"
+    if Path(model).is_dir(): return Path(model)
+    try: return Path(snapshot_download(str(model)))
+    except OSError as e: raise OSError(f'cannot load model {model}: {e}') from e
 
 # %% ../nbs/14_vllm.ipynb #6133c001
 def _check(source, head):

@@ -2,7 +2,7 @@
 import contextlib, io, json, re, sys
 from types import SimpleNamespace
 
-import pytest
+import huggingface_hub, pytest
 from conftest import ROOT, run
 
 from simpledeco.cli import main
@@ -75,16 +75,35 @@ def test_inspect_writes_one_file_that_needs_no_other(work):
     assert page.count('tabindex="0"') > 5 and page.count('candidates<table>') == page.count('tabindex="0"')
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['train', 'nowhere', 'x'], 'no token table in nowhere'), (['prescan', MODEL, 'x', '--data', 'poems'], 'poems is neither a file'), (['calibrate', 'nowhere', 'tokens', 'x'], 'nowhere'),
-    (['train', 'tokens', 'x', '--risk', '2'], 'risk is 2.0'), (['train', 'tokens', 'x', '--corpus', 'poems'], 'poems'), (['serve-dir', 'calibrated', MODEL, 'served'], 'served exists'),
-    (['generate', 'head', 'no/such-model', 'hi'], 'no/such-model'), (['calibrate', 'head', 'tokens', 'x', '--risk', '.001'], 'risk 0.001 needs at least'), (['generate', 'foreign', MODEL, 'hi'], 'trained for base model')])
-def test_errors_are_one_line(work, arguments, message):
-    TemperatureHead(32, base_model='another').save_pretrained(work/'foreign')
-    done = simpledeco(*arguments, cwd=work, check=False)
+def check_one_line(done, message):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 1 and lines[-1].startswith('simpledeco: ') and message in lines[-1] and 'Traceback' not in done.stderr, done.stderr
+    return lines
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['train', 'nowhere', 'x'], 'no token table in nowhere'), (['prescan', MODEL, 'x', '--data', 'poems'], 'poems is neither a file'),
+    (['train', 'tokens', 'x', '--risk', '2'], 'risk is 2.0'), (['train', 'tokens', 'x', '--corpus', 'poems'], 'poems'), (['serve-dir', 'calibrated', MODEL, 'served'], 'served exists'),
+    (['calibrate', 'head', 'tokens', 'x', '--risk', '.001'], 'risk 0.001 needs at least'), (['generate', 'foreign', MODEL, 'hi'], 'trained for base model')])
+def test_errors_are_one_line(work, arguments, message):
+    TemperatureHead(32, base_model='another').save_pretrained(work/'foreign')
+    check_one_line(simpledeco(*arguments, cwd=work, check=False), message)
     assert not (work/'x').exists()
+
+
+@pytest.fixture(params=[False, True], ids=['unreachable', 'offline'])
+def offline(request, monkeypatch):
+    "No hub: one that cannot be reached, of which huggingface_hub makes sure by waiting 23 seconds between six attempts (not here), and HF_HUB_OFFLINE=1"
+    monkeypatch.setattr(huggingface_hub.utils._http, 'time', SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', request.param)
+    return request.param
+
+
+@pytest.mark.parametrize('arguments, message', [(['calibrate', 'nowhere', 'tokens', 'x'], 'nowhere'), (['generate', 'head', 'no/such-model', 'hi'], 'no/such-model'),
+                                                (['serve-dir', 'head', 'no/such-model', 'x'], 'no/such-model')])
+def test_a_name_that_the_hub_does_not_give_is_one_line(work, offline, arguments, message):
+    lines = check_one_line(simpledeco(*arguments, cwd=work, check=False), message)
+    assert not (work/'x').exists() and (len(lines) == 1 or not offline), lines
 
 
 def test_a_wrong_option_is_exit_code_2(work): assert simpledeco('train', 'tokens', 'x', '--rsik', '1', cwd=work, check=False).returncode == 2

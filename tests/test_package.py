@@ -1,7 +1,12 @@
-"What is uploaded: wheel and sdist"
-import sys, tarfile, zipfile
+"What is uploaded: wheel and sdist, and a head with its card"
+import shutil, sys, tarfile, zipfile
+from types import SimpleNamespace
 
+import torch
 from conftest import ROOT, run
+from huggingface_hub import HfApi, ModelCard
+
+from simpledeco.head import TemperatureHead
 
 
 def test_wheel_and_sdist(clone, tmp_path):
@@ -13,3 +18,19 @@ def test_wheel_and_sdist(clone, tmp_path):
     points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('entry_points.txt'))).decode()
     for line in ('simpledeco = simpledeco.cli:main', 'simpledeco = simpledeco.vllm:register', 'simpledeco = simpledeco.harness:SimpleDecoLM'): assert line in points
     assert any(n.endswith('simpledeco/loss.py') for n in tarfile.open(sdist).getnames())
+
+
+def test_push_to_hub_uploads_the_head_and_our_card(tmp_path, monkeypatch):
+    "The hub stands in a folder; what it would show, and what comes back from it"
+    record = dict(model='org/model', revision='0123abc', corpora=['chat'], tokens=1234, calibration=['chat'], coverage=dict(chat=dict(mean=.81, lo=.78, hi=.84, groups=20)))
+    head, sent = TemperatureHead(32, base_model='abc', risk=.2, record=record), []
+    monkeypatch.setattr(HfApi, 'create_repo', lambda self, repo_id, **kw: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, 'upload_folder', lambda self, *, repo_id, folder_path, **kw: sent.append(repo_id) or shutil.copytree(folder_path, tmp_path/'hub'))
+    head.push_to_hub('me/head')
+    assert sent == ['me/head'] and sorted(p.name for p in (tmp_path/'hub').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    card = ModelCard.load(tmp_path/'hub/README.md')
+    assert (card.data.base_model, card.data.library_name, card.data.license) == ('org/model', 'simpledeco', 'apache-2.0')
+    for part in ('| base model | org/model |', '| revision | 0123abc |', '| risk | 0.2 |', '| calibration corpora | chat |', '| chat | 81.0% | 78.0 to 84.0% | 20 |',
+                 'The promise holds for text like the calibration corpora and for no other.'): assert part in card.text, part
+    back = TemperatureHead.from_pretrained(tmp_path/'hub')
+    assert back.record == record and back.risk == .2 and all(torch.equal(a, b) for a,b in zip(back.state_dict().values(), head.state_dict().values(), strict=True))
