@@ -272,4 +272,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'simpledeco.vllm.load_head': ('vllm.html#load_head', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm.register': ('vllm.html#register', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm.serve_dir': ('vllm.html#serve_dir', 'simpledeco/vllm.py'),
-                                 'simpledeco.vllm.with_head': ('vllm.html#with_head', 'simpledeco/vllm.py')}}}
+                                 'simpledeco.vllm.with_head': ('vllm.html#with_head', 'simpledeco/vllm.py'),
+                                 'simpledeco.vllm.write': ('vllm.html#write', 'simpledeco/vllm.py')}}}

@@ -8,7 +8,9 @@ from conftest import ROOT
 from simpledeco.decode import attach, min_p_filter
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
-from simpledeco.vllm import PREFIX, serve_dir
+from simpledeco.onpolicy import judge
+from simpledeco.sample import constant, sample
+from simpledeco.vllm import PREFIX, serve_dir, write
 
 vllm = pytest.importorskip('vllm', reason='run `make test-vllm`')
 MODEL = ROOT/'models/embedded'
@@ -116,6 +118,19 @@ def test_first_tokens_have_the_frequencies_that_they_should(reference, served, o
     seen, wanted = counts[common].tolist() + [int(counts[~common].sum())], (p[common]*n).tolist() + [float(p[~common].sum()*n)]
     if wanted[-1] < 5: seen, wanted = seen[:-2] + [seen[-2] + seen[-1]], wanted[:-2] + [wanted[-2] + wanted[-1]]
     assert len(seen) > 3 and chisquare(seen, [w*n/sum(wanted) for w in wanted]).pvalue > 1e-4
+
+
+def test_answers_are_those_of_the_sampler(reference, base):
+    "Greedy answers and their likelihoods are those of `sample`; random ones are of their prompt, end as they say, and repeat with the seed"
+    model, tokenizer = reference
+    talks = [[dict(role='user', content=p)] for p in PROMPTS]
+    for ours,theirs in zip(sample(model, tokenizer, talks, dict(greedy=constant(0)), 1, 24, progress=False)['greedy'], write(base, tokenizer, talks, 1, 24, temperature=0)):
+        assert theirs[0].tokens == ours[0].tokens and abs(theirs[0].nll - ours[0].nll) < 1e-3
+    drawn, again = (write(base, tokenizer, talks, 3, 24, seed=5) for _ in range(2))
+    assert drawn == again and len({tuple(a.tokens) for group in drawn for a in group}) > len(PROMPTS)
+    prompts = [dict(id=str(i), corpus='x', split='train', group=str(i), messages=t, answer=a) for i,(t,a) in enumerate(zip(talks, ('Paris', None, '42', None)))]
+    examples = judge(tokenizer, prompts, drawn)
+    assert len(examples) == 12 and all(x['right'] for x in examples[3:6]) and {x['ended'] for x in examples} <= {True, False}
 
 
 def test_without_the_plugin_the_folder_is_refused(served):
