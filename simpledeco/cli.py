@@ -129,7 +129,7 @@ def train(table:TablePath, out:Out, corpus:Corpora=None, risk:Annotated[float, t
 # %% ../nbs/16_cli.ipynb #aaad9048
 @app.command(epilog='Example: `simpledeco calibrate heads/qwen tokens/qwen heads/qwen-calibrated --risk 0.1`')
 def calibrate(head:Head, table:TablePath, out:Out, risk:Annotated[Optional[float], typer.Option(help="share of true tokens you accept to lose; default: the head's")]=None, corpus:Corpora=None):
-    "Make a head keep its promise on text like the calibration split."
+    "Make a head keep its promise on conversations like those of the calibration split, all corpora together."
     from simpledeco import contract
     from simpledeco.head import TemperatureHead
     from simpledeco.prescan import TokenTable
