@@ -58,4 +58,4 @@ if __name__ == '__main__':
         for name,part in parts.items():
             results[name] = repeated(part, repeats)
             print(f'{name:<22} ' + '  '.join(f'{k} {np.round(v, 3)}' for k,v in results[name].items()), flush=True)
-    (Path(__file__).parent/'decode.json').write_text(json.dumps(results, indent=1) + '\n')
+            (Path(__file__).parent/'decode.json').write_text(json.dumps(results, indent=1) + '\n')
