@@ -136,8 +136,9 @@ CARD = """---
 ---
 # A temperature head for {{ r.model or "base model " ~ head.base_model }}
 
-One temperature per token for a frozen language model, by simpledeco (`pip install simpledeco-lm`). Dividing the logits by it keeps the true next token among
-the candidates of min-p sampling, except for a share of tokens called the risk.
+One temperature per token for a frozen language model, by simpledeco (`pip install simpledeco-lm`). The head was trained to keep the true next token among the candidates of min-p sampling,
+except for a share of tokens called the risk. {% if r.calibration %}It is calibrated: on texts like those of the calibration corpora, all of them together with equal weight for each group, at least 1 - risk
+is kept. Nothing is promised for one corpus alone, or for other text.{% else %}It is not calibrated: nothing is promised.{% endif %}
 
 | | |
 |---|---|
@@ -146,8 +147,7 @@ the candidates of min-p sampling, except for a share of tokens called the risk.
 {% if r.coverage %}
 ## Coverage
 
-Share of true tokens that survive min-p at the head's temperature, on held-out text that was not filtered: with equal weight for each group of texts, as promised, with a 95% interval.
-The promise holds for text like the calibration corpora and for no other.
+Share of true tokens that survive min-p at the head's temperature, on held-out text that was not filtered: with equal weight for each group of texts, with a 95% interval.
 
 | corpus | kept | 95% interval | groups |
 |---|---|---|---|

@@ -31,6 +31,7 @@ def test_push_to_hub_uploads_the_head_and_our_card(tmp_path, monkeypatch):
     card = ModelCard.load(tmp_path/'hub/README.md')
     assert (card.data.base_model, card.data.library_name, card.data.license) == ('org/model', 'simpledeco', 'apache-2.0')
     for part in ('| base model | org/model |', '| revision | 0123abc |', '| risk | 0.2 |', '| calibration corpora | chat |', '| chat | 81.0% | 78.0 to 84.0% | 20 |',
-                 'The promise holds for text like the calibration corpora and for no other.'): assert part in card.text, part
+                 'It is calibrated', 'Nothing is promised for one corpus alone, or for other text.'): assert part in card.text, part
+    assert 'It is not calibrated: nothing is promised.' in str(TemperatureHead(32).generate_model_card())
     back = TemperatureHead.from_pretrained(tmp_path/'hub')
     assert back.record == record and back.risk == .2 and all(torch.equal(a, b) for a,b in zip(back.state_dict().values(), head.state_dict().values(), strict=True))
