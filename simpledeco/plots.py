@@ -240,12 +240,13 @@ def plot_frontier(
     "E8: accuracy on questions against variety on open prompts"
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(6.3, 3.2), constrained_layout=True)
-        for kind,ls in (('static min-p', '.-'), ('static top-p', '.:')): _frontier_line(ax, table[table.kind == kind].sort_values('diversity'), kind, ls)
-        rows = table.set_index('method')
+        rows, warm = table.set_index('method'), table[table.method != 'greedy']
+        ax.axhline(rows.accuracy['greedy'], color='.8', lw=.7, label=f"greedy ({rows.diversity['greedy']:.2f})")
+        for kind,ls in (('static min-p', '.-'), ('static top-p', '.:')): _frontier_line(ax, warm[warm.kind == kind].sort_values('diversity'), kind, ls)
         for k,(name,mark) in enumerate((n, m) for n,m in FRONTIER_MARKS.items() if n in rows.index):
             r, ours = rows.loc[name], name in ('left out', 'no geography', 'in domain')
             ax.errorbar(r.diversity, r.accuracy, [[r.accuracy - r.lo], [r.hi - r.accuracy]] if name == 'left out' else None, fmt=mark, color='k' if ours else '.45', mfc='k' if ours else 'w', ms=6 if ours else 5, lw=.7, label=name)
-        ax.set(xlabel='variety of answers to open prompts (distinct-2)', ylabel='accuracy on questions')
+        ax.set(xlabel='variety of answers to open prompts (distinct-2)', ylabel='accuracy on questions', ylim=(rows.accuracy[rows.kind != 'adaptive'].min() - .04, None))
         ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     plt.close(fig)
     return fig
