@@ -30,11 +30,10 @@ tex:
 paper: setup
 	dvc repro
 
-# two at a time with a thread each: on two cores this is faster than one at a time with two
-test: export OMP_NUM_THREADS = 1
+# notebooks one at a time, since they share a table; test files two at a time with a thread each, which on two cores is faster than one with two
 test: setup
-	nbdev-test nbs --n-workers 2
-	python -m pytest -n 2 --dist loadfile
+	nbdev-test nbs --n-workers 1
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 # the profile [full]: as many prompts as there are, three seeds; its results are committed with the commit and the date that made them
 .PHONY: full
