@@ -152,7 +152,7 @@ def test_scores_of_decoders_by_sampling(smoke):
     hidden, y, T = table.take('hidden', rows), table['label'][rows].long(), torch.linspace(.02, .2, 40)
     z = hidden @ weight.T/T[:, None]
     P = torch.linspace(.3, .9, 40)
-    for kw,kept in ((dict(top_p=P)(z, P)), (dict(min_p=.1), z.masked_fill(z < z.amax(1, keepdim=True) + math.log(.1), -torch.inf))):
+    for kw,kept in ((dict(top_p=P), top_p_filter(z, P)), (dict(min_p=.1), z.masked_fill(z < z.amax(1, keepdim=True) + math.log(.1), -torch.inf))):
         q = kept.double().softmax(1)
         s = decoder_scores(T, table, rows, **kw)
         inside = (q > 0).sum(1) < 128
