@@ -39,8 +39,8 @@ test: setup
 .PHONY: full
 full: setup
 	rm -rf build/full && git clone -q . build/full && ln -s $(CURDIR)/.venv build/full/.venv
-	cd build/full && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.data && PYTHONPATH=. dvc repro frontier
-	for f in onpolicy frontier; do cp build/full/metrics/$$f.json metrics/full_$$f.json; done
+	cd build/full && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.data && PYTHONPATH=. dvc repro search benchmarks
+	for f in onpolicy frontier search benchmarks; do cp build/full/metrics/$$f.json metrics/full_$$f.json; done
 	for f in frontier samples; do cp build/full/plots/$$f.csv plots/full_$$f.csv; done
 	cd build/full && git log -1 --format='{"commit": "%h", "date": "%cs"}' > ../../metrics/full_run.json
 
@@ -55,7 +55,7 @@ notebooks: setup
 	python -m simpledeco.paper --readme nbs/index.ipynb README.md
 
 clean:
-	rm -rf build/*.ipynb heads tokens models answers judged autodeco data paper/main.pdf
+	rm -rf build/*.ipynb heads tokens models answers judged tasks autodeco data paper/main.pdf
 	cd paper && (latexmk -c -silent 2>/dev/null || true)
 
 # speed and memory as ratios, in benchmarks/results.json; many kills and much bad input, in benchmarks/faults.json and bad_input.json

@@ -2,11 +2,10 @@
 
 Whatever is compared takes turns, batch by batch, so that a busy machine slows both; the ratio is that of the sums.
 """
-import json, os, subprocess, sys, time
+import copy, json, os, subprocess, sys, time
 from pathlib import Path
 
 import torch
-from cost import training
 from transformers import LogitsProcessorList, MinPLogitsWarper
 
 from simpledeco.data import encode, load_examples
@@ -79,22 +78,21 @@ def sampler(vocabulary, batch=16, rounds=20):
     return dict(ratio=t/o, vocabulary=vocabulary, ours_milliseconds=1000*o/rounds, theirs_milliseconds=1000*t/rounds)
 
 
-def decode(model, tokenizer, reads, batch=16, new=24, rounds=4, clock=time.perf_counter):
+def decode(model, tokenizer, reads, batch=16, new=24, rounds=8, clock=time.perf_counter):
     "The same engine and the same min-p filter, with a head and with a static temperature of 1"
     head = TemperatureHead(model.config.hidden_size, reads=reads, base_model=fingerprint(model)).eval()
     ids = tokenizer(['The capital of France is']*batch, return_tensors='pt').input_ids
     options = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, do_sample=True, top_k=0)
 
-    def static(i): model.generate(ids, logits_processor=LogitsProcessorList([MinP(.1)]), **options)
-
-    def ours(i):
-        with attach(model, head): model.generate(ids, **(options | sampling(head)))
-    s, o = turns(static, ours, rounds, clock=clock)
+    theirs, mine = copy.deepcopy(model), copy.deepcopy(model) # both in memory of the same kind: the weights of `model` are mapped from a file
+    attach(mine, head) # once, as a user would: attaching checks the model with a forward pass
+    s, o = turns(lambda i: theirs.generate(ids, logits_processor=LogitsProcessorList([MinP(.1)]), **options), lambda i: mine.generate(ids, **(options | sampling(head))), rounds, clock=clock)
     return dict(ratio=s/o, head_tokens_per_second=batch*new*rounds/o, static_tokens_per_second=batch*new*rounds/s)
 
 
 def over_vocabularies():
     "Ours against AutoDeco, over the size of the vocabulary"
+    from cost import training # decode.py imports this file where the packages of cost.py are missing
     rows = training((1024, 8192, 49152, 151936), 2)
     return {f"ratio at V = {r['vocabulary']:,}": r['ratio'] for r in rows} | dict(rows=rows)
 

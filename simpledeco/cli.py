@@ -110,12 +110,12 @@ def _record(table, corpora):
     "Where a head comes from, for its card"
     source = table.path/'source.json'
     known = json.loads(source.read_text()) if source.exists() else {}
-    return known | dict(corpora=corpora or list(dict.fromkeys(x['corpus'] for x in table.examples)), tokens=len(table.rows(corpora, ['train'])))
+    return known | dict(corpora=corpora or table.corpora, tokens=len(table.rows(corpora, ['train'])))
 
 # %% ../nbs/16_cli.ipynb #700b5170
 @app.command(epilog='Example: `simpledeco train tokens/qwen heads/qwen --risk 0.1`')
 def train(table:TablePath, out:Out, corpus:Corpora=None, risk:Annotated[float, typer.Option(help='share of true tokens you accept to lose')]=0.05,
-          min_p:Annotated[float, typer.Option(help='the min-p that decoding will use')]=0.1, reads:Annotated[Literal['logits', 'hidden'], typer.Option(help='what the head reads')]='logits',
+          min_p:Annotated[float, typer.Option(help='the min-p that decoding will use')]=0.1, reads:Annotated[Literal['logits', 'hidden', 'both'], typer.Option(help='what the head reads')]='logits',
           width:Annotated[int, typer.Option(min=0, help='hidden units; 0: a linear head')]=128, steps:Annotated[int, typer.Option(min=1, help='of 1,024 tokens')]=1500, lr:float=1e-3, seed:Seed=0):
     "Train a head on a token table."
     from simpledeco.prescan import TokenTable

@@ -77,7 +77,7 @@ def coverage(
 )->dict: # {corpus: {'groups': ..., 'tokens': ...}}, each with mean, lo, hi, n, groups
     "The share of true tokens kept, by corpus: with equal weight for each group, as promised, and for each token"
     out, min_p = {}, check_min_p(head, min_p)
-    for corpus in corpora or dict.fromkeys(x['corpus'] for x in table.examples):
+    for corpus in corpora or table.corpora:
         rows = table.rows([corpus], list(splits))
         kept = (required_temperature(table['gap'][rows], min_p) <= head.temperature(head.inputs(table, rows))).float()
         out[corpus] = two_levels(kept, table['group'][rows], bootstrap)

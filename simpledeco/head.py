@@ -35,8 +35,8 @@ def logit_features(
     top = top_logits[..., :max(RANKS)].float()
     log_p = top.log_softmax(-1)
     depth = [top[..., 0] - top[..., k-1] for k in RANKS]
-    free = [self_quantile_temperature(top, min_p=min_p, risk=r) for r in RISKS]
-    return torch.stack([-(log_p.exp()*log_p).sum(-1), log_p[..., 0], *depth, *free], -1)
+    shape = torch.stack([-(log_p.exp()*log_p).sum(-1), log_p[..., 0], *depth], -1)
+    return torch.cat([shape, self_quantile_temperature(top, min_p=min_p, risk=RISKS)], -1)
 
 # %% ../nbs/05_head.ipynb #f3a7c7eb
 class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco', tags=['temperature', 'min-p', 'decoding'],
@@ -45,7 +45,7 @@ class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco'
     def __init__(self,
         hidden_size:int, # d, of the base model
         width:int=128, # hidden units; 0: a linear head
-        reads:str='logits', # 'logits': the shape of the next-token distribution; 'hidden': the hidden state
+        reads:str='logits', # 'logits': the shape of the next-token distribution; 'hidden': the hidden state; 'both'
         min_p:float=0.1, # the min-p that decoding will use
         risk:float=0.05, # the share of true tokens one accepts to lose
         base_model:str='', # fingerprint of the base model
@@ -54,10 +54,11 @@ class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco'
         record:dict|None=None, # where it comes from: model, revision, corpora, tokens, calibration, coverage
     ):
         super().__init__()
-        if reads not in ('logits', 'hidden'): raise ValueError(f"reads is {reads!r}: a head reads 'logits' or 'hidden'")
+        sizes = dict(logits=2 + len(RANKS) + len(RISKS), hidden=hidden_size, both=hidden_size + 2 + len(RANKS) + len(RISKS))
+        if reads not in sizes: raise ValueError(f"reads is {reads!r}: a head reads 'logits', 'hidden' or 'both'")
         self.hidden_size, self.reads, self.base_model, self.t_min, self.t_max = hidden_size, reads, base_model, t_min, t_max
         self.min_p, self.risk, self.record = check_fraction('min_p', min_p), check_fraction('risk', risk), dict(record or {})
-        size = hidden_size if reads == 'hidden' else 2 + len(RANKS) + len(RISKS)
+        size = sizes[reads]
         linear = lambda n, m: nn.Linear(n, m, dtype=torch.float32)
         self.net = nn.Sequential(*([linear(size, width), nn.SiLU()] if width else []), linear(width or size, 1))
         nn.init.ones_(self.net[-1].bias) # start near T = 1, the model's own temperature
@@ -65,7 +66,7 @@ class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco'
 
 # %% ../nbs/05_head.ipynb #35c23284
 def forward(self:TemperatureHead,
-    x:torch.Tensor, # [..., 13] logit features, or [..., d] hidden states, in any float type
+    x:torch.Tensor, # [..., 13] logit features, [..., d] hidden states, or both, in any float type
 )->torch.Tensor: # [...] float32, any real number
     "The raw prediction"
     return self.net((x.float() - self.mean)/self.std)[..., 0] + self.offset
@@ -74,20 +75,29 @@ TemperatureHead.forward = forward
 
 # %% ../nbs/05_head.ipynb #78b8f1bc
 def temperature(self:TemperatureHead,
-    x:torch.Tensor, # [..., 13] logit features, or [..., d] hidden states, in any float type
+    x:torch.Tensor, # [..., 13] logit features, [..., d] hidden states, or both, in any float type
 )->torch.Tensor: # [...] float32 in [t_min, t_max]
     "The temperature to decode with"
     return self(x).clamp(self.t_min, self.t_max)
 
 TemperatureHead.temperature = temperature
 
+# %% ../nbs/05_head.ipynb #join-inputs
+def _join(self:TemperatureHead, hidden, top_logits):
+    "What the head reads, of the two things that it may read; each is fetched only when it is wanted"
+    if self.reads == 'hidden': return hidden()
+    shape = logit_features(top_logits(), self.min_p)
+    return shape if self.reads == 'logits' else torch.cat([hidden().float(), shape], -1)
+
+TemperatureHead._join = _join
+
 # %% ../nbs/05_head.ipynb #d6d65743
 def live_inputs(self:TemperatureHead,
     hidden:torch.Tensor, # [..., d] what the output embedding reads
     logits:torch.Tensor, # [..., V] what it gives
-)->torch.Tensor: # [..., 13] or [..., d]
+)->torch.Tensor: # [..., 13], [..., d] or [..., d + 13]
     "The inputs of the head from a running model"
-    return hidden if self.reads == 'hidden' else logit_features(logits.topk(max(RANKS), dim=-1).values, self.min_p)
+    return self._join(lambda: hidden, lambda: logits.topk(max(RANKS), dim=-1).values)
 
 TemperatureHead.live_inputs = live_inputs
 
@@ -95,9 +105,9 @@ TemperatureHead.live_inputs = live_inputs
 def inputs(self:TemperatureHead,
     table, # a TokenTable
     rows:torch.Tensor, # [M] row numbers
-)->torch.Tensor: # [M, 13] or [M, d]
+)->torch.Tensor: # [M, 13], [M, d] or [M, d + 13]
     "The inputs of the head from a token table"
-    return table.take('hidden', rows) if self.reads == 'hidden' else logit_features(table.take('top_logits', rows), self.min_p)
+    return self._join(lambda: table.take('hidden', rows), lambda: table.take('top_logits', rows))
 
 TemperatureHead.inputs = inputs
 
@@ -168,7 +178,7 @@ def _facts(head):
     "What the table of the card says"
     r, names = head.record, lambda x: ', '.join(x) if x else None
     return {'base model': r.get('model'), 'revision': r.get('revision'), 'fingerprint of its output embedding': head.base_model, 'min_p': head.min_p, 'risk': head.risk,
-            'reads': dict(logits='the shape of the next-token distribution', hidden='the hidden state')[head.reads], 'parameters': f'{sum(p.numel() for p in head.parameters()):,}',
+            'reads': dict(logits='the shape of the next-token distribution', hidden='the hidden state', both='the hidden state and the shape of the next-token distribution')[head.reads], 'parameters': f'{sum(p.numel() for p in head.parameters()):,}',
             'training tokens': f"{r['tokens']:,}" if r.get('tokens') else None, 'training corpora': names(r.get('corpora')), 'calibration corpora': names(r.get('calibration')) or 'not calibrated',
             'text': r.get('text')}
 

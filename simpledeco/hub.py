@@ -6,7 +6,7 @@ pinned packages give, why a repository is named together with a commit, and what
 # %% auto #0
 __all__ = ['HISTORY', 'Schema', 'SCHEMAS', 'gsm8k', 'deepmath', 'ultrachat', 'tulu', 'ultrafeedback', 'triviaqa', 'history',
            'same_number', 'same_letter', 'same_formula', 'same_name', 'open_corpus', 'hub_corpus', 'profile_examples',
-           'load_reward_model', 'rewards', 'win_rate']
+           'profile_prompts', 'is_right', 'load_reward_model', 'rewards', 'win_rate']
 
 # %% ../nbs/01b_hub.ipynb #d52f3784
 import re
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from .data import SPLITS, load_examples, split_of, turns
+from .data import SPLITS, load_examples, load_prompts, split_of, turns
 from .settings import corpus_sources, load_profile, project_root, split_source, torch_dtype
 
 # %% ../nbs/01b_hub.ipynb #99920983
@@ -177,16 +177,46 @@ def hub_corpus(
             if all(len(found[s]) == max_examples for s in fill): break
     return [dict(id=f'{name}-{i:06d}', **x) for i,x in enumerate(x for s in SPLITS for x in found[s])]
 
+# %% ../nbs/01b_hub.ipynb #of-hub
+def _of_hub(p, names, most):
+    "Examples of some corpora of the hub"
+    sources = corpus_sources(p.root)
+    for name in names:
+        if name not in SCHEMAS or name not in sources: raise ValueError(f'settings.ini [{p.name}] corpora: {name!r} is not in [corpora] or has no schema; there are {", ".join(SCHEMAS)}')
+    return [x for name in names for x in hub_corpus(name, sources[name], most, p.root)]
+
 # %% ../nbs/01b_hub.ipynb #3c6084ba
 def profile_examples(
     p:SimpleNamespace, # a profile, from load_profile
 )->list: # examples in a fixed order
     "The examples of a profile: of the packaged corpora, or of the hub's"
     if not p.corpora: return load_examples(p.root, p.max_examples)
-    names, sources = p.corpora.split(), corpus_sources(p.root)
-    for name in names:
-        if name not in SCHEMAS or name not in sources: raise ValueError(f'settings.ini [{p.name}] corpora: {name!r} is not in [corpora] or has no schema; there are {", ".join(SCHEMAS)}')
-    return [x for name in names for x in hub_corpus(name, sources[name], p.max_examples, p.root)]
+    return _of_hub(p, p.corpora.split(), p.max_examples)
+
+# %% ../nbs/01b_hub.ipynb #profile-prompts
+def profile_prompts(
+    p:SimpleNamespace, # a profile, from load_profile
+    most:int, # at most so many of each corpus and split
+    splits=SPLITS, # which splits
+    corpora=None, # which corpora; None: all
+)->list: # dicts with id, corpus, split, group, messages (the last is the user's) and answer (None for an open prompt)
+    "The prompts of a profile, in a fixed order"
+    if not p.corpora: return load_prompts(p.root, most, splits, corpora)
+    found = _of_hub(p, corpora or p.corpora.split(), most)
+    return [dict(id=x['id'], corpus=x['corpus'], split=x['split'], group=x['group'], messages=x['messages'][:-1], answer=x['answers'] or None) for s in splits for x in found if x['split'] == s]
+
+# %% ../nbs/01b_hub.ipynb #plain-text
+def _plain(text): return ' '.join(re.findall(r'\w+', text.lower()))
+
+# %% ../nbs/01b_hub.ipynb #is-right
+def is_right(
+    text:str, # what the model said
+    prompt:dict, # as from profile_prompts
+)->bool:
+    "Does the text answer the prompt, by its answer key? Every answer to an open prompt is right"
+    key = prompt['answer']
+    if key is None: return True
+    return f' {_plain(key)} ' in f' {_plain(text)} ' if isinstance(key, str) else SCHEMAS[prompt['corpus']].right(text, key)
 
 # %% ../nbs/01b_hub.ipynb #31d19072
 def load_reward_model(

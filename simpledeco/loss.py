@@ -78,14 +78,16 @@ def self_quantile_temperature(
     logits:torch.Tensor, # [..., V], or the K largest
     *,
     min_p:float=0.1, # the threshold of min-p sampling
-    risk:float=0.05, # the mass of the model's own distribution one accepts to lose
+    risk:float|tuple=0.05, # the mass of the model's own distribution one accepts to lose; or several
     log_z:torch.Tensor|None=None, # [...] log sum exp(z - z_max) over the vocabulary, if `logits` is not all of it
-)->torch.Tensor: # [...] the temperature at which min-p keeps the top-(1 - risk) nucleus
+)->torch.Tensor: # [...] the temperature at which min-p keeps the top-(1 - risk) nucleus; [..., R] for R risks
     "The minimum-sufficient temperature of text that the model itself wrote, from the logits alone"
-    check_fraction('risk', risk)
+    several = isinstance(risk, tuple)
+    masses = [1 - check_fraction('risk', r) for r in (risk if several else (risk,))]
     z = logits.float().sort(-1, descending=True).values
     gap = z[..., :1] - z
     total = torch.exp(-gap).sum(-1).log() if log_z is None else log_z
     before = torch.exp(-gap - total[..., None]).cumsum(-1) - torch.exp(-gap - total[..., None])
-    last = (before < 1 - risk).sum(-1, keepdim=True) - 1
-    return required_temperature(gap.gather(-1, last)[..., 0], min_p)
+    last = torch.stack([(before < m).sum(-1) for m in masses], -1) - 1
+    found = required_temperature(gap.gather(-1, last), min_p)
+    return found if several else found[..., 0]

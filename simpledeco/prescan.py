@@ -135,6 +135,7 @@ class TokenTable:
         self.path = Path(path)
         self.info = _read_info(self.path)
         self.examples = self.info['examples']
+        self.corpora = list(dict.fromkeys(x['corpus'] for x in self.examples))
         self.shards = [_open_shard(p) for p in self._paths()]
         self.starts = torch.tensor([0] + [len(s['label']) for s in self.shards]).cumsum(0)
         names = {(x['corpus'], x['group']): None for x in self.examples}

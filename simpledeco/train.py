@@ -37,7 +37,7 @@ def fit(
     min_p:float=0.1, # the min-p that decoding will use
     risk:float=0.05, # the share of true tokens one accepts to lose
     width:int=128, # hidden units; 0: a linear head
-    reads:str='logits', # what the head reads: 'logits' or 'hidden'
+    reads:str='logits', # what the head reads: 'logits', 'hidden' or 'both'
     steps:int=1500, # optimiser steps
     lr:float=1e-3, # largest learning rate
     batch:int=1024, # tokens in a step
