@@ -102,7 +102,7 @@ def decoding(model, batch, rounds):
 if __name__ == '__main__':
     p = load_profile(*(sys.argv[1:] or ['embedded']))
     params, small = load_params(p.root), p.name == 'smoke'
-    rows = training((256, 512) if small else (1024, 8192, 49152, 151936), .05 if small else 2)
+    rows = training((256,) if small else (1024, 8192, 49152, 151936), .05 if small else 2)
     model, tokenizer = load_model(p.root/'models'/p.name, p.dtype)
     with torch.inference_mode(): steps = decoding(model, 16, 3 if small else 15)
     with tempfile.TemporaryDirectory() as folder:

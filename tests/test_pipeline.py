@@ -63,6 +63,6 @@ def test_an_experiment_moves_the_coverage(finished):
     folder, _ = finished
     kept = lambda: json.loads((folder/'metrics/evaluate.json').read_text())['in_domain']['kept']['mean']
     before = kept()
-    run('dvc', 'exp', 'run', '-S', 'risk=0.6', cwd=folder)
+    run('dvc', 'exp', 'run', '-S', 'risk=0.6', 'evaluate', cwd=folder)
     assert kept() < before - .02
     assert 'risk' in run('dvc', 'params', 'diff', cwd=folder).stdout
