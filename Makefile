@@ -37,6 +37,11 @@ test: setup
 	nbdev-test nbs --n-workers 2
 	python -m pytest -n 2 --dist loadfile
 
+# the profile [hub] through every stage, with a tiny model and folders in place of the hub
+.PHONY: test-hub
+test-hub: setup
+	SIMPLEDECO_HUB=1 python -m pytest tests/test_hub_pipeline.py
+
 # the profile [full]: as many prompts as there are, three seeds; its results are committed with the commit and the date that made them
 .PHONY: full
 full: setup

@@ -43,7 +43,7 @@ def _from_gguf(path):
     return model, tokenizer
 
 # %% ../nbs/01a_model.ipynb #ae83098e
-def _tiny_llama(path, steps=60, block=256):
+def _tiny_llama(path, steps=300, block=128):
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     set_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

@@ -41,12 +41,13 @@ ROWS = dict(
     history=lambda i: dict(question=f'When was war {i}?', subject=('prehistory', 'anatomy')[i % 2], choices=['1', '2', '3', str(i)], answer=3))
 
 
-def folder(tmp_path, name, n=60):
+def folder(tmp_path, name, n=60, row=None):
     "A folder as `hf download` leaves it: Parquet files, and a README that names configuration and splits"
+    row = row or ROWS[name]
     s, at = SCHEMAS[name], tmp_path/name
     (at/s.config).mkdir(parents=True)
     splits = [s.train] + [s.test]*bool(s.test)
-    for k,split in enumerate(splits): pq.write_table(pa.Table.from_pylist([ROWS[name](i) for i in range(k*n, (k+1)*n)]), at/s.config/f'{split}-00000-of-00001.parquet')
+    for k,split in enumerate(splits): pq.write_table(pa.Table.from_pylist([row(i) for i in range(k*n, (k+1)*n)]), at/s.config/f'{split}-00000-of-00001.parquet')
     files = ''.join(f'  - split: {x}\n    path: {s.config}/{x}-*\n' for x in splits)
     (at/'README.md').write_text(f'---\nconfigs:\n- config_name: {s.config}\n  data_files:\n{files}---\n')
     return at
