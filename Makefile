@@ -30,12 +30,9 @@ tex:
 paper: setup
 	dvc repro
 
-# two at a time with a thread each, which on two cores is faster than one with two; the notebooks share a model and a table, made before them
-test: export OMP_NUM_THREADS = 1
+# two processes with a thread each, which on two cores is faster than one with two
 test: setup
-	python -c 'from simpledeco.prescan import sample_table; sample_table()'
-	nbdev-test nbs --n-workers 2
-	python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # the profile [hub] through every stage, with a tiny model and folders in place of the hub
 .PHONY: test-hub

@@ -7,6 +7,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    "What takes longest first, so that two processes end together"
+    order = ('test_pipeline', 'test_notebooks')
+    items.sort(key=lambda x: order.index(x.path.stem) if x.path.stem in order else len(order))
+
+
 def run(*command, cwd, check=True, **kw):
     "Run a command with this environment's tools first on the path; its output goes into the error message"
     env = dict(os.environ, PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', HF_HUB_OFFLINE='1', PYTHONPATH='')
