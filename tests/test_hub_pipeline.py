@@ -37,14 +37,14 @@ def finished(clone, tmp_path_factory):
     tokenizer.save_pretrained(away/'reward')
     ini = configparser.ConfigParser(interpolation=None)
     ini.read(clone/'settings.ini')
-    ini['hub'] |= dict(model=str(tiny), reward_model=str(away/'reward'), max_examples='14', prompts='14', test_prompts='3', samples='2', device='cpu', dtype='float32', batch_tokens='2048', max_tokens='300',
-                       answer_tokens='8', open_tokens='8', open_test_tokens='8')
+    ini['hub'].update(dict(model=str(tiny), reward_model=str(away/'reward'), max_examples='14', prompts='14', test_prompts='3', samples='2', device='cpu', dtype='float32', batch_tokens='2048', max_tokens='300',
+                       answer_tokens='8', open_tokens='8', open_test_tokens='8'))
     for name in ini['corpora']:
         if (away/name).exists(): ini['corpora'][name] = str(away/name)
     with open(clone/'settings.ini', 'w') as f: ini.write(f)
     set_params(clone, profile='hub', steps=100, bootstrap=50, width=16, train_corpora='deepmath ultrachat tulu')
     run('python', '-m', 'simpledeco.data', cwd=clone)
-    run('dvc', 'repro', 'controls', 'contract', 'losses', 'lethality', 'cost', 'search', 'benchmarks', cwd=clone)
+    run('dvc', 'repro', 'evaluate', 'controls', 'contract', 'losses', 'lethality', 'cost', 'search', 'benchmarks', cwd=clone)
     return clone
 
 
