@@ -46,7 +46,7 @@ full: setup
 	cd build/full && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.data && PYTHONPATH=. dvc repro search benchmarks
 	for f in onpolicy frontier search benchmarks; do cp build/full/metrics/$$f.json metrics/full_$$f.json; done
 	for f in frontier samples; do cp build/full/plots/$$f.csv plots/full_$$f.csv; done
-	cd build/full && git log -1 --format='{"commit": "%h", "date": "%cs"}' > ../../metrics/full_run.json
+	cd build/full && git log -1 --format='{"commit": "%h", "search": "%h", "date": "%cs"}' > ../../metrics/full_run.json
 
 lab: setup
 	jupyter lab nbs
