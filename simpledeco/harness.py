@@ -6,7 +6,7 @@
 __all__ = ['SimpleDecoLM', 'run', 'write_task']
 
 # %% ../nbs/15_harness.ipynb #3211876b
-import json, sys
+import json, os, sys
 from pathlib import Path
 
 import yaml
@@ -52,8 +52,8 @@ def write_task(
     prompts:list, # with an answer key, as from profile_prompts
     max_gen_toks:int=32, # longest answer
 )->str: # the name of the task
-    "Write questions as a task of lm-eval, judged by `is_right`. Raises `ValueError` for prompts without an answer key"
-    folder = Path(folder).resolve()
+    "Write questions as a task of lm-eval, to be run from the current folder, judged by `is_right`. Raises `ValueError` for prompts without an answer key"
+    folder = Path(os.path.relpath(folder)) # the same bytes wherever the project lies
     if not prompts or any(x['answer'] is None for x in prompts): raise ValueError(f'task {name}: there must be prompts, each with an answer key')
     folder.mkdir(parents=True, exist_ok=True)
     docs = [dict(question=x['messages'][-1]['content'], answer=x['answer'], corpus=x['corpus']) for x in prompts]
