@@ -39,14 +39,16 @@ test: setup
 test-hub: setup
 	SIMPLEDECO_HUB=1 python -m pytest tests/test_hub_pipeline.py
 
-# the profile [full]: as many prompts as there are, three seeds; its results are committed with the commit and the date that made them
+# the profile [full]: as many prompts as there are, three seeds; its results are committed with the commit and the date that made them. It goes on where an earlier
+# run stopped: what did not change is not made again
 .PHONY: full
 full: setup
-	rm -rf build/full && git clone -q . build/full && ln -s $(CURDIR)/.venv build/full/.venv
-	cd build/full && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.data && PYTHONPATH=. dvc repro search benchmarks
+	test -d build/full || git clone -q . build/full
+	rm -rf build/full/data && git archive HEAD | tar -x -C build/full --exclude=dvc.lock --exclude=metrics --exclude=plots
+	cd build/full && ln -sfn $(CURDIR)/.venv .venv && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.data && PYTHONPATH=. dvc repro search benchmarks
 	for f in onpolicy frontier search benchmarks; do cp build/full/metrics/$$f.json metrics/full_$$f.json; done
 	for f in frontier samples; do cp build/full/plots/$$f.csv plots/full_$$f.csv; done
-	cd build/full && git log -1 --format='{"commit": "%h", "search": "%h", "date": "%cs"}' > ../../metrics/full_run.json
+	git log -1 --format='{"commit": "%h", "date": "%cs"}' > metrics/full_run.json
 
 lab: setup
 	jupyter lab nbs

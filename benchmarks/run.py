@@ -1,10 +1,11 @@
 """Speed and memory, as ratios measured side by side in one run. Prints a table and writes benchmarks/results.json. Run: make bench
 
-Whatever is compared takes turns, batch by batch, so that a busy machine slows both; the ratio is that of the sums.
+Whatever is compared takes turns, call by call, so that a busy machine slows both; the ratio is the median of the pairs, with a 95% interval that resamples them.
 """
 import copy, json, os, subprocess, sys, time
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import LogitsProcessorList, MinPLogitsWarper
 
@@ -19,13 +20,20 @@ ROOT, DVC = project_root(Path(__file__).parent), Path(sys.executable).parent/'dv
 
 
 def turns(first, second, rounds, warm=1, clock=time.perf_counter):
-    "Seconds that two functions take, alternating; each is called with the number of the round"
-    total = [0., 0.]
+    "Seconds that two functions take [rounds, 2], alternating, now one first and now the other; each is called with the number of the round"
+    pairs = np.zeros((rounds, 2))
     for i in range(-warm, rounds):
-        for k,f in enumerate((first, second)):
-            start = clock(); f(max(i, 0))
-            if i >= 0: total[k] += clock() - start
-    return total
+        for k in ((0, 1) if i % 2 else (1, 0)):
+            start = clock(); (first, second)[k](max(i, 0))
+            if i >= 0: pairs[i, k] = clock() - start
+    return pairs
+
+
+def compared(pairs, bootstrap=1000):
+    "Speed of the second over that of the first: median of the pairs, its 95% interval, and the seconds of both"
+    ratio, generator = pairs[:, 0]/pairs[:, 1], np.random.default_rng(0)
+    lo, hi = np.quantile(np.median(ratio[generator.integers(len(ratio), size=(bootstrap, len(ratio)))], 1), (.025, .975))
+    return dict(ratio=float(np.median(ratio)), lo=float(lo), hi=float(hi), pairs=len(ratio)), *pairs.sum(0).tolist()
 
 
 @torch.inference_mode()
@@ -42,10 +50,10 @@ def bare(model, encoded):
 def prescan(model, tokenizer, profile):
     encoded = [encode(x, tokenizer, 8192) for x in load_examples(ROOT, 3)][:profile.shard_examples]
     batches = [[encoded[i] for i in b] for b in _batches(encoded, profile.batch_tokens)]
-    forward, scan = turns(lambda i: bare(model, batches[i]), lambda i: _scan_batch(model, batches[i], range(len(batches[i]))), len(batches))
+    speed, forward, scan = compared(turns(lambda i: bare(model, batches[i]), lambda i: _scan_batch(model, batches[i], range(len(batches[i]))), len(batches)))
     tokens = sum(len(ids) for ids,_ in encoded)
     padded = sum(len(b)*max(len(ids) for ids,_ in b) for b in batches)
-    return dict(ratio=forward/scan, bare_tokens_per_second=tokens/forward, scan_tokens_per_second=tokens/scan, share_of_padding=1 - tokens/padded, tokens=tokens,
+    return speed | dict(bare_tokens_per_second=tokens/forward, scan_tokens_per_second=tokens/scan, share_of_padding=1 - tokens/padded, tokens=tokens,
                 response_tokens=sum(len(w) for _,w in encoded))
 
 
@@ -74,11 +82,11 @@ def memory():
 def sampler(vocabulary, batch=16, rounds=20):
     scores, theirs, ours = 3*torch.randn(batch, vocabulary), MinPLogitsWarper(min_p=.1), MinP(.1)
     assert torch.equal(theirs(None, scores.clone()), ours(None, scores.clone()))
-    t, o = turns(lambda i: theirs(None, scores), lambda i: ours(None, scores), rounds)
-    return dict(ratio=t/o, vocabulary=vocabulary, ours_milliseconds=1000*o/rounds, theirs_milliseconds=1000*t/rounds)
+    speed, t, o = compared(turns(lambda i: theirs(None, scores), lambda i: ours(None, scores), rounds))
+    return speed | dict(vocabulary=vocabulary, ours_milliseconds=1000*o/rounds, theirs_milliseconds=1000*t/rounds)
 
 
-def decode(model, tokenizer, reads, batch=16, new=24, rounds=8, clock=time.perf_counter):
+def decode(model, tokenizer, reads, batch=16, new=8, rounds=40):
     "The same engine and the same min-p filter, with a head and with a static temperature of 1"
     head = TemperatureHead(model.config.hidden_size, reads=reads, base_model=fingerprint(model)).eval()
     ids = tokenizer(['The capital of France is']*batch, return_tensors='pt').input_ids
@@ -86,8 +94,8 @@ def decode(model, tokenizer, reads, batch=16, new=24, rounds=8, clock=time.perf_
 
     theirs, mine = copy.deepcopy(model), copy.deepcopy(model) # both in memory of the same kind: the weights of `model` are mapped from a file
     attach(mine, head) # once, as a user would: attaching checks the model with a forward pass
-    s, o = turns(lambda i: theirs.generate(ids, logits_processor=LogitsProcessorList([MinP(.1)]), **options), lambda i: mine.generate(ids, **(options | sampling(head))), rounds, clock=clock)
-    return dict(ratio=s/o, head_tokens_per_second=batch*new*rounds/o, static_tokens_per_second=batch*new*rounds/s)
+    speed, s, o = compared(turns(lambda i: theirs.generate(ids, logits_processor=LogitsProcessorList([MinP(.1)]), **options), lambda i: mine.generate(ids, **(options | sampling(head))), rounds))
+    return speed | dict(head_tokens_per_second=batch*new*rounds/o, static_tokens_per_second=batch*new*rounds/s)
 
 
 def over_vocabularies():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from .buckets import all_rows, batches
+from .buckets import all_rows, batches, spread
 from .controls import decoder_scores, mass_upto
 from .prescan import TokenTable, log_partition
 from .sample import top_p_filter
@@ -216,7 +216,7 @@ def fit_autodeco(
     _check_weight(table, output_weight)
     rows = table.rows(corpora, ['train'])
     fit_rows, held = hold_out(table, rows if keep is None else rows[keep[rows]])
-    x, held = token_columns(table, fit_rows), _spread(held, 1000)
+    x, held = token_columns(table, fit_rows), spread(held, 1000)
     torch.manual_seed(seed)
     heads = AutoDeco(table.info['hidden_size'], base_model=table.info['model'])
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0)
@@ -229,9 +229,6 @@ def fit_autodeco(
         optimizer.step(); schedule.step()
     if curve is not None: curve.append(dict(step=steps, **score_autodeco(heads, table, held, **tricks)))
     return heads.eval()
-
-# %% ../nbs/10_autodeco.ipynb #a434aee3
-def _spread(rows, n): return rows if len(rows) <= n else rows[torch.linspace(0, len(rows) - 1, n).long()]
 
 # %% ../nbs/10_autodeco.ipynb #a5763764
 def _check_weight(table, weight):
@@ -304,13 +301,13 @@ def train_once(
 # %% ../nbs/10_autodeco.ipynb #91cc8fc6
 @torch.no_grad()
 def _score_ours(head, table, rows):
-    T = head.temperature(head.inputs(table, rows))
+    T = head.temperatures(table, rows)
     score = decoder_scores(T, table, rows, min_p=head.min_p)['quadratic'].mean().item()
     return dict(quadratic=score, temperature=T.mean().item(), spread=T.std().item(), at_end=((T <= head.t_min) | (T >= head.t_max)).float().mean().item())
 
 # %% ../nbs/10_autodeco.ipynb #d59472d3
 def _train_ours(table, corpora, reads, kw):
-    points, held = [], _spread(hold_out(table, table.rows(corpora, ['train']))[1], 1000)
+    points, held = [], spread(hold_out(table, table.rows(corpora, ['train']))[1], 1000)
     head = fit(table, corpora, reads=reads, select=all_rows, curve=points, **kw)
     points = [dict(step=x['step'], objective=x['held_out_loss'], temperature=x['temperature']) for x in points]
     return points[:-1] + [points[-1] | _score_ours(head, table, held)]

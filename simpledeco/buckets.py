@@ -5,7 +5,7 @@ left out and why, with real tokens from each bucket to look at."""
 
 # %% auto #0
 __all__ = ['BUCKETS', 'bucket_of', 'table_buckets', 'training_rows', 'all_rows', 'reachable_rows', 'share_rows', 'balanced_rows',
-           'batches']
+           'spread', 'batches']
 
 # %% ../nbs/03_buckets.ipynb #991b7e78
 import torch
@@ -96,6 +96,14 @@ def balanced_rows(
     if not each: raise ValueError('no corpus has tokens of every bucket: scan more examples')
     generator = torch.Generator().manual_seed(seed)
     return {c: torch.cat([r[torch.randperm(len(r), generator=generator)[:each]] for r in cells[c]]) for c in cells if least[c] >= each}
+
+# %% ../nbs/03_buckets.ipynb #spread-rows
+def spread(
+    rows:torch.Tensor, # [M] row numbers
+    n:int, # at most so many are wanted
+)->torch.Tensor: # [min(M, n)] evenly spaced
+    "Enough rows for a statistic, from the whole length of a table"
+    return rows if len(rows) <= n else rows[torch.linspace(0, len(rows) - 1, n).long()]
 
 # %% ../nbs/03_buckets.ipynb #686168f4
 def batches(

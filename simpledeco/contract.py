@@ -43,7 +43,7 @@ def scores(
     "Conformity scores of some tokens. Raises `ValueError` when head and table belong to different models"
     if head.base_model != table.info['model']: raise ValueError(f"the head was trained for base model {head.base_model}, the table is of {table.info['model']}")
     needed = required_temperature(table['gap'][rows], head.min_p)
-    return torch.where(needed > head.t_max, torch.inf, needed - head(head.inputs(table, rows)))
+    return torch.where(needed > head.t_max, torch.inf, needed - head.predict(table, rows))
 
 # %% ../nbs/07_contract.ipynb #3da607f9
 def calibrate(
@@ -79,7 +79,7 @@ def coverage(
     out, min_p = {}, check_min_p(head, min_p)
     for corpus in corpora or table.corpora:
         rows = table.rows([corpus], list(splits))
-        kept = (required_temperature(table['gap'][rows], min_p) <= head.temperature(head.inputs(table, rows))).float()
+        kept = (required_temperature(table['gap'][rows], min_p) <= head.temperatures(table, rows)).float()
         out[corpus] = two_levels(kept, table['group'][rows], bootstrap)
     return out
 

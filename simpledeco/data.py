@@ -184,7 +184,9 @@ FORMS = dict(opening='Write the opening sentences of a story about {}.', poem='W
     dialogue='Write a short dialogue between two friends about {}.', titles='Suggest a title and a first line for a novel about {}.', letter='Write a letter to a friend about {}.',
     song='Write the chorus of a song about {}.', dream='Describe a dream about {}.', painting='Describe a painting of {}.', film='Pitch a film about {}.',
     opinion='What do you think about {}?', memory='Invent a childhood memory about {}.', speech='Begin a speech about {}.', joke='Tell me a joke about {}.',
-    game='Invent a game about {}.', advert='Write an advertisement inspired by {}.')
+    game='Invent a game about {}.', advert='Write an advertisement inspired by {}.', legend='Tell an old legend about {}.', confession='Write a confession about {}.',
+    travelogue='Write the first lines of a travel story about {}.', ghost='Begin a ghost story about {}.', postcard='Write a postcard about {}.', fable='Tell a fable about {}.',
+    lullaby='Write a lullaby about {}.', wish='Make a wish about {}.')
 TOPICS = ('a lighthouse', 'a lost dog', 'the last train', 'rain', 'an old clock', 'the sea at night', 'a secret garden', 'moving to a new city', 'a robot that learns to cook',
     'winter', 'two sisters', 'a broken promise', 'the first day of school', 'a map', 'a neighbour who never speaks', 'the moon')
 

@@ -5,7 +5,7 @@ told off for using it with the wrong model."""
 
 # %% auto #0
 __all__ = ['RANKS', 'RISKS', 'CARD', 'logit_features', 'TemperatureHead', 'forward', 'temperature', 'live_inputs', 'inputs',
-           'from_pretrained', 'generate_model_card', 'check_fits', 'check_min_p']
+           'predict', 'temperatures', 'from_pretrained', 'generate_model_card', 'check_fits', 'check_min_p']
 
 # %% ../nbs/05_head.ipynb #4dec2d54
 from pathlib import Path
@@ -110,6 +110,25 @@ def inputs(self:TemperatureHead,
     return self._join(lambda: table.take('hidden', rows), lambda: table.take('top_logits', rows))
 
 TemperatureHead.inputs = inputs
+
+@torch.no_grad()
+def predict(self:TemperatureHead,
+    table, # a TokenTable
+    rows:torch.Tensor, # [M] row numbers
+)->torch.Tensor: # [M] float32, any real number
+    "The raw predictions for tokens of a table, read a block at a time, so that a table may be larger than memory"
+    return torch.cat([self(self.inputs(table, r)) for r in rows.split(2**14)])
+
+TemperatureHead.predict = predict
+
+def temperatures(self:TemperatureHead,
+    table, # a TokenTable
+    rows:torch.Tensor, # [M] row numbers
+)->torch.Tensor: # [M] float32 in [t_min, t_max]
+    "The temperatures to decode tokens of a table with"
+    return self.predict(table, rows).clamp(self.t_min, self.t_max)
+
+TemperatureHead.temperatures = temperatures
 
 # %% ../nbs/05_head.ipynb #3cb9cc32
 def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, map_location='cpu', **config):

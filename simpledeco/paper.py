@@ -11,8 +11,6 @@ __all__ = ['flatten', 'read_metrics', 'show_number', 'used_numbers', 'numbers_te
 import argparse, json, re
 from pathlib import Path
 
-import nbformat
-
 # %% ../nbs/13_paper.ipynb #c56b53a0
 def flatten(
     tree, # nested dicts
@@ -83,23 +81,23 @@ def tex_text(
 
 # %% ../nbs/13_paper.ipynb #951e3fcd
 def normalise(
-    notebook, # an executed notebook, changed in place
-):
+    notebook:dict, # an executed notebook, changed in place
+)->dict: # the same notebook
     "Drop times, random ids, execution counts and stderr; keep code, results and tags"
-    notebook.metadata = nbformat.NotebookNode(kernelspec=dict(display_name='python3', language='python', name='python3'))
-    for i,cell in enumerate(notebook.cells):
-        tags = cell.metadata.get('tags', [])
-        if 'injected-parameters' in tags: cell.id = 'injected-parameters'
-        cell.metadata = dict(tags=tags) if tags else {}
-        if cell.cell_type != 'code': continue
-        cell.execution_count = None
-        cell.outputs = [_plain(o) for o in cell.outputs if o.get('name') != 'stderr']
+    notebook['metadata'] = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
+    for cell in notebook['cells']:
+        tags = cell['metadata'].get('tags', [])
+        if 'injected-parameters' in tags: cell['id'] = 'injected-parameters'
+        cell['metadata'] = dict(tags=tags) if tags else {}
+        if cell['cell_type'] != 'code': continue
+        cell['execution_count'] = None
+        cell['outputs'] = [_plain(o) for o in cell['outputs'] if o.get('name') != 'stderr']
     return notebook
 
 # %% ../nbs/13_paper.ipynb #c8d48122
 def _plain(output):
-    if 'execution_count' in output: output.execution_count = None
-    if 'metadata' in output: output.metadata = {}
+    if 'execution_count' in output: output['execution_count'] = None
+    if 'metadata' in output: output['metadata'] = {}
     return output
 
 # %% ../nbs/13_paper.ipynb #94be7c00
@@ -117,5 +115,7 @@ if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     parser.add_argument('notebooks', nargs='*', help='executed notebooks')
     parser.add_argument('--readme', nargs=2, metavar=('NOTEBOOK', 'README'), help='write a README from a notebook')
     args = parser.parse_args()
-    for path in args.notebooks: nbformat.write(normalise(nbformat.read(path, 4)), path)
-    if args.readme: Path(args.readme[1]).write_text(readme(nbformat.read(args.readme[0], 4)))
+    for path in map(Path, args.notebooks): path.write_text(json.dumps(normalise(json.loads(path.read_text())), indent=1, sort_keys=True, ensure_ascii=False) + '\n')
+    if args.readme:
+        import nbformat # a slow import that a stage of the pipeline can do without
+        Path(args.readme[1]).write_text(readme(nbformat.read(args.readme[0], 4)))

@@ -9,6 +9,7 @@ __all__ = ['PROFILE_KEYS', 'PARAM_KEYS', 'project_root', 'load_profile', 'famili
 
 # %% ../nbs/00_settings.ipynb #24f57be7
 import configparser
+from collections import ChainMap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,16 +37,17 @@ def load_profile(
     "Read and check one profile. Raises `ValueError` for an unknown profile or setting"
     root = Path(root) if root else project_root()
     ini = _read_ini(root)
-    profiles = [s for s in ini.sections() if s != 'corpora']
+    profiles = [s for s in ini.sections() if s not in ('DEFAULT', 'corpora')]
     if name not in profiles: raise ValueError(f'unknown profile {name!r}: settings.ini has {", ".join(profiles)}')
-    got, want = set(ini[name]), set(PROFILE_KEYS)
+    found = ChainMap(*(ini[s] for s in dict.fromkeys([name, name.partition('-')[0], 'DEFAULT']) if s in ini))
+    got, want = set(found), set(PROFILE_KEYS)
     if got != want: raise ValueError(f'settings.ini [{name}]: unknown {sorted(got-want)}, missing {sorted(want-got)}')
-    values = {k: _typed(name, k, ini[name][k]) for k in PROFILE_KEYS}
+    values = {k: _typed(name, k, found[k]) for k in PROFILE_KEYS}
     return SimpleNamespace(name=name, root=root, **values)
 
 # %% ../nbs/00_settings.ipynb #cf7dd926
 def _read_ini(root):
-    ini = configparser.ConfigParser(interpolation=None)
+    ini = configparser.ConfigParser(interpolation=None, default_section='')
     try: found = ini.read(root/'settings.ini', encoding='utf-8')
     except (configparser.Error, UnicodeDecodeError) as e: raise ValueError(f'settings.ini cannot be read: {" ".join(str(e).split())}') from None
     if not found: raise FileNotFoundError(f'{root/"settings.ini"} is missing: restore it with git')
@@ -75,8 +77,7 @@ def corpus_sources(
 )->dict: # {name of a corpus: repository@commit, or a folder}
     "The section [corpora] of settings.ini"
     ini = _read_ini(Path(root) if root else project_root())
-    if 'corpora' not in ini: return {}
-    return {k: v for k,v in ini['corpora'].items() if k not in ini.defaults()}
+    return dict(ini['corpora']) if 'corpora' in ini else {}
 
 # %% ../nbs/00_settings.ipynb #424c426c
 def split_source(

@@ -7,9 +7,11 @@ has been trained on real tokens, and its risk has been seen to mean what it says
 __all__ = ['hold_out', 'hinge', 'fit']
 
 # %% ../nbs/06_train.ipynb #b9e7e419
+from itertools import islice
+
 import torch
 
-from .buckets import batches, training_rows
+from .buckets import batches, spread, training_rows
 from .head import TemperatureHead
 from .loss import minimum_sufficient_hinge, required_temperature
 
@@ -53,17 +55,25 @@ def fit(
     head = _new_head(table, torch.cat(list(kept.values())), width=width, reads=reads, min_p=min_p, risk=risk)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step,rows in enumerate(batches(kept, batch, steps, seed), 1):
-        value = loss(head(head.inputs(table, rows)), table, rows)
+    for step,(x,rows) in enumerate(_read(head, table, batches(kept, batch, steps, seed)), 1):
+        value = loss(head(x), table, rows)
         optimizer.zero_grad(); value.backward(); optimizer.step(); schedule.step()
         if curve is not None and (step == 1 or step % max(1, steps//20) == 0): curve.append(dict(step=step, train_loss=value.item(), **_score(head, table, held)))
     return head.eval()
+
+# %% ../nbs/06_train.ipynb #read-many-batches
+def _read(head, table, drawn, block=64):
+    "(inputs, rows) of each batch. Many batches are read at a time, and a token that is drawn several times is read once"
+    while some := list(islice(drawn, block)):
+        rows, at = torch.cat(some).unique(return_inverse=True)
+        x = head.inputs(table, rows)
+        yield from zip((x[i] for i in at.split([len(r) for r in some])), some)
 
 # %% ../nbs/06_train.ipynb #67b8e8b8
 def _new_head(table, rows, **kw):
     "A head whose inputs are standardised on the training rows"
     head = TemperatureHead(table.info['hidden_size'], base_model=table.info['model'], **kw)
-    std, mean = torch.std_mean(head.inputs(table, rows).float(), 0)
+    std, mean = torch.std_mean(head.inputs(table, spread(rows, 2**16)).float(), 0)
     head.mean.copy_(mean); head.std.copy_(std.clamp(min=1e-6))
     return head
 
@@ -74,13 +84,13 @@ def _prepare(table, corpora, select, seed):
     gaps = table['gap'][fit_rows]
     if not torch.isfinite(gaps).all(): raise ValueError('the token table has gaps that are not finite: scan again')
     if (gaps == gaps[0]).all(): raise ValueError('all gaps are equal: there is nothing to learn from this table')
-    return select(table, fit_rows, seed=seed), held
+    return select(table, fit_rows, seed=seed), spread(held, 2**16)
 
 # %% ../nbs/06_train.ipynb #b19b6088
 @torch.no_grad()
 def _score(head, table, rows):
     "Loss, share of true tokens kept and mean temperature on unfiltered rows"
-    T, gap = head.temperature(head.inputs(table, rows)), table['gap'][rows]
+    T, gap = head.temperatures(table, rows), table['gap'][rows]
     kept = required_temperature(gap, head.min_p) <= T
     loss = minimum_sufficient_hinge(T, gap, min_p=head.min_p, risk=head.risk)
     return dict(held_out_loss=loss.item(), kept=kept.float().mean().item(), temperature=T.mean().item())
