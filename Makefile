@@ -45,10 +45,11 @@ test-hub: setup
 full: setup
 	test -d build/full || git clone -q . build/full
 	rm -rf build/full/data && git archive HEAD | tar -x -C build/full --exclude=dvc.lock --exclude=metrics --exclude=plots
+	git log -1 --format='{"commit": "%h", "date": "%cs"}' > build/full/run.json
 	cd build/full && ln -sfn $(CURDIR)/.venv .venv && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.data && PYTHONPATH=. dvc repro search benchmarks
 	for f in onpolicy frontier search benchmarks; do cp build/full/metrics/$$f.json metrics/full_$$f.json; done
 	for f in frontier samples; do cp build/full/plots/$$f.csv plots/full_$$f.csv; done
-	git log -1 --format='{"commit": "%h", "date": "%cs"}' > metrics/full_run.json
+	cp build/full/run.json metrics/full_run.json
 
 lab: setup
 	jupyter lab nbs
