@@ -7,9 +7,10 @@ from conftest import ROOT, run
 
 from simpledeco.cli import main
 from simpledeco.head import TemperatureHead
+from simpledeco.prescan import TokenTable
 
 MODEL = ROOT/'models/smoke'
-COMMANDS = ['prescan', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir']
+COMMANDS = ['prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir']
 
 
 def simpledeco(*arguments, cwd, check=True):
@@ -62,6 +63,26 @@ def test_the_card_tells_where_the_head_comes_from(work):
     assert 'not calibrated' in (work/'head/README.md').read_text()
 
 
+def test_a_head_from_judged_answers(work):
+    "Every answer to an open prompt will do, and none to a question holds its key here: so a head of the first is warm and one of the second cold"
+    ask = lambda text, **key: json.dumps(dict(messages=[dict(role='user', content=text)]) | key)
+    (work/'open.jsonl').write_text('\n'.join(ask(f'Write about number {i}.') for i in range(80)))
+    (work/'hard.jsonl').write_text('\n'.join(ask(f'Who is number {i}?', answer='xyzzy') for i in range(80)))
+    done = simpledeco('answer', MODEL, 'answers', '--data', 'open.jsonl', '--data', 'hard.jsonl', '--max-new-tokens', '6', cwd=work)
+    examples = json.loads((work/'answers/answers.json').read_text())
+    assert all(x['right'] == (x['corpus'] == 'open') and x['split'] == 'train' for x in examples)
+    assert f"0 of {sum(x['corpus'] == 'hard' for x in examples)} to questions are right" in done.stdout
+    warm, cold = (_trained(work, corpus) for corpus in ('open', 'hard'))
+    assert (warm.reads, warm.risk, len(warm.net)) == ('hidden', .2, 1)
+    table = TokenTable(work/'answers')
+    assert warm.temperatures(table, table.rows(['open'])).mean() > .5 and cold.temperatures(table, table.rows(['hard'])).mean() < .1
+
+
+def _trained(work, corpus):
+    simpledeco('train', 'answers', f'judged-{corpus}', '--corpus', corpus, '--steps', '600', '--lr', '.01', cwd=work)
+    return TemperatureHead.from_pretrained(work/f'judged-{corpus}')
+
+
 def test_generate_prints_text_and_no_colours_into_a_pipe(work):
     done = simpledeco('generate', 'calibrated', MODEL, 'What is 1 + 1?', '--max-new-tokens', '8', cwd=work)
     again = simpledeco('generate', 'calibrated', MODEL, 'What is 1 + 1?', '--max-new-tokens', '8', cwd=work)
@@ -84,7 +105,7 @@ def check_one_line(done, message):
 @pytest.mark.parametrize('arguments, message', [
     (['train', 'nowhere', 'x'], 'no token table in nowhere'), (['prescan', MODEL, 'x', '--data', 'poems'], 'poems is neither a file'),
     (['train', 'tokens', 'x', '--risk', '2'], 'risk is 2.0'), (['train', 'tokens', 'x', '--corpus', 'poems'], 'poems'), (['serve-dir', 'calibrated', MODEL, 'served'], 'served exists'),
-    (['calibrate', 'head', 'tokens', 'x', '--risk', '.001'], 'risk 0.001 needs at least'), (['generate', 'foreign', MODEL, 'hi'], 'trained for base model')])
+    (['calibrate', 'head', 'tokens', 'x', '--risk', '.001'], 'risk 0.001 needs at least'), (['answer', MODEL, 'x', '--data', 'sums.jsonl'], 'sums.jsonl line 1'), (['generate', 'foreign', MODEL, 'hi'], 'trained for base model')])
 def test_errors_are_one_line(work, arguments, message):
     TemperatureHead(32, base_model='another').save_pretrained(work/'foreign')
     check_one_line(simpledeco(*arguments, cwd=work, check=False), message)
