@@ -66,3 +66,13 @@ def test_an_experiment_moves_the_coverage(finished):
     run('dvc', 'exp', 'run', '-S', 'risk=0.6', 'evaluate', cwd=folder)
     assert kept() < before - .02
     assert 'risk' in run('dvc', 'params', 'diff', cwd=folder).stdout
+
+
+def test_an_experiment_that_changes_the_answers_scans_them_again(finished):
+    folder, _ = finished
+    said = lambda: [x['messages'][-1]['content'] for x in json.loads((folder/'answers/smoke/examples.json').read_text())]
+    before = said()
+    run('dvc', 'exp', 'run', '-S', 'seed=7', 'answers', cwd=folder)
+    assert said() != before
+    scanned = json.loads((folder/'answers/smoke/tokens/table.json').read_text())
+    assert scanned['tokens'] > 0 and len(scanned['examples']) == len(before)
