@@ -231,7 +231,7 @@ def _lethality_panel(ax, rows, title):
     ax.set(xscale='log', xlim=(.008, 100), xticks=[.01, .1, 1, 10], xticklabels=['0.01', '0.1', '1', '10']); ax.set_title(title, fontsize=8); ax.minorticks_off()
 
 # %% ../nbs/12_plots.ipynb #aa7f1db3
-FRONTIER_MARKS = {'left out': 'o', 'unrelated only': '<', 'in domain': 's', 'MeanShift': 'x', 'shuffled within entropy': '+', 'AutoDeco': '^', 'AutoDeco, MeanShift': '1', 'EDT': 'D', 'training-free': 'v', 'reference text': 'P', 'right answers only': 'p'}
+FRONTIER_MARKS = {'left out': 'o', 'left out, shape beside': '*', 'unrelated only': '<', 'in domain': 's', 'MeanShift': 'x', 'shuffled within entropy': '+', 'AutoDeco': '^', 'AutoDeco, MeanShift': '1', 'EDT': 'D', 'training-free': 'v', 'reference text': 'P', 'right answers only': 'p'}
 
 # %% ../nbs/12_plots.ipynb #649ccd37
 def plot_frontier(
@@ -244,7 +244,7 @@ def plot_frontier(
         ax.axhline(rows.accuracy['greedy'], color='.8', lw=.7, label=f"greedy ({rows.diversity['greedy']:.2f})")
         for kind,ls in (('static min-p', '.-'), ('static top-p', '.:')): _frontier_line(ax, warm[warm.kind == kind].sort_values('diversity'), kind, ls)
         for k,(name,mark) in enumerate((n, m) for n,m in FRONTIER_MARKS.items() if n in rows.index):
-            r, ours = rows.loc[name], name in ('left out', 'unrelated only', 'in domain')
+            r, ours = rows.loc[name], name in ('left out', 'left out, shape beside', 'unrelated only', 'in domain')
             ax.errorbar(r.diversity, r.accuracy, [[r.accuracy - r.lo], [r.hi - r.accuracy]] if name == 'left out' else None, fmt=mark, color='k' if ours else '.45', mfc='k' if ours else 'w', ms=6 if ours else 5, lw=.7, label=name)
         ax.set(xlabel='variety of answers to open prompts (distinct-2)', ylabel='accuracy on questions', ylim=(rows.accuracy[rows.kind != 'adaptive'].min() - .04, None))
         ax.legend(loc='center left', bbox_to_anchor=(1, .5))
