@@ -86,15 +86,15 @@ def sampler(vocabulary, batch=16, rounds=20):
     return speed | dict(vocabulary=vocabulary, ours_milliseconds=1000*o/rounds, theirs_milliseconds=1000*t/rounds)
 
 
-def decode(model, tokenizer, reads, batch=16, new=8, rounds=40):
-    "The same engine and the same min-p filter, with a head and with a static temperature of 1"
+def decode(model, tokenizer, reads, batch=16, new=8, rounds=40, temperature=.7):
+    "The same engine and the same min-p filter, with a head and with a static temperature"
     head = TemperatureHead(model.config.hidden_size, reads=reads, base_model=fingerprint(model)).eval()
     ids = tokenizer(['The capital of France is']*batch, return_tensors='pt').input_ids
     options = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, do_sample=True, top_k=0)
 
     theirs, mine = copy.deepcopy(model), copy.deepcopy(model) # both in memory of the same kind: the weights of `model` are mapped from a file
     attach(mine, head) # once, as a user would: attaching checks the model with a forward pass
-    speed, s, o = compared(turns(lambda i: theirs.generate(ids, logits_processor=LogitsProcessorList([MinP(.1)]), **options), lambda i: mine.generate(ids, **(options | sampling(head))), rounds))
+    speed, s, o = compared(turns(lambda i: theirs.generate(ids, temperature=temperature, logits_processor=LogitsProcessorList([MinP(.1)]), **options), lambda i: mine.generate(ids, **(options | sampling(head))), rounds))
     return speed | dict(head_tokens_per_second=batch*new*rounds/o, static_tokens_per_second=batch*new*rounds/s)
 
 

@@ -93,7 +93,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'simpledeco.decode.MinP.__init__': ('decode.html#minp.__init__', 'simpledeco/decode.py'),
                                    'simpledeco.decode.attach': ('decode.html#attach', 'simpledeco/decode.py'),
                                    'simpledeco.decode.check_plain_logits': ('decode.html#check_plain_logits', 'simpledeco/decode.py'),
-                                   'simpledeco.decode.divide': ('decode.html#divide', 'simpledeco/decode.py'),
+                                   'simpledeco.decode.divisor': ('decode.html#divisor', 'simpledeco/decode.py'),
                                    'simpledeco.decode.min_p_filter': ('decode.html#min_p_filter', 'simpledeco/decode.py'),
                                    'simpledeco.decode.sampling': ('decode.html#sampling', 'simpledeco/decode.py')},
             'simpledeco.evaluate': { 'simpledeco.evaluate.auroc': ('evaluate.html#auroc', 'simpledeco/evaluate.py'),

@@ -34,9 +34,9 @@ def logit_features(
     if top_logits.shape[-1] < max(RANKS): raise ValueError(f'a head reads the {max(RANKS)} largest logits, there are {top_logits.shape[-1]}')
     top = top_logits[..., :max(RANKS)].float()
     log_p = top.log_softmax(-1)
-    depth = [top[..., 0] - top[..., k-1] for k in RANKS]
-    shape = torch.stack([-(log_p.exp()*log_p).sum(-1), log_p[..., 0], *depth], -1)
-    return torch.cat([shape, self_quantile_temperature(top, min_p=min_p, risk=RISKS)], -1)
+    entropy = -(log_p.exp()*log_p).sum(-1, keepdim=True)
+    depth = top[..., :1] - torch.stack([top[..., k-1] for k in RANKS], -1)
+    return torch.cat([entropy, log_p[..., :1], depth, self_quantile_temperature(top, min_p=min_p, risk=RISKS)], -1)
 
 # %% ../nbs/05_head.ipynb #f3a7c7eb
 class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco', tags=['temperature', 'min-p', 'decoding'],

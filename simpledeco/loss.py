@@ -87,7 +87,8 @@ def self_quantile_temperature(
     z = logits.float().sort(-1, descending=True).values
     gap = z[..., :1] - z
     total = torch.exp(-gap).sum(-1).log() if log_z is None else log_z
-    before = torch.exp(-gap - total[..., None]).cumsum(-1) - torch.exp(-gap - total[..., None])
+    p = torch.exp(-gap - total[..., None])
+    before = p.cumsum(-1) - p
     last = torch.stack([(before < m).sum(-1) for m in masses], -1) - 1
-    found = required_temperature(gap.gather(-1, last), min_p)
+    found = gap.gather(-1, last)/math.log(1/check_fraction('min_p', min_p))
     return found if several else found[..., 0]

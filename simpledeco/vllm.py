@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from .decode import check_plain_logits, divide
+from .decode import check_plain_logits, divisor
 from .head import TemperatureHead, check_fits
 from .model import load_model
 from .sample import Answer, prompt_ids
@@ -32,7 +32,9 @@ class WithHead:
 
     def compute_logits(self, hidden_states, *args, **kwargs):
         logits = super().compute_logits(hidden_states, *args, **kwargs)
-        return None if logits is None else divide(logits, hidden_states, *self._temperature)
+        if logits is None: return None # another process of this group has them
+        T = divisor(logits, hidden_states, *self._temperature)
+        return logits.div_(T) if logits.dtype == torch.float32 else logits/T # in place where it can be: memory for all the logits of a batch costs more than the division
 
     @property
     def compute_logits_local(self): raise AttributeError('a head needs all of the vocabulary')

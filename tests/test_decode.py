@@ -4,7 +4,7 @@ import copy, math
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
-from simpledeco.decode import MinP, attach, check_plain_logits, divide, sampling
+from simpledeco.decode import MinP, attach, check_plain_logits, divisor, sampling
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
 from conftest import ROOT
@@ -156,8 +156,8 @@ def test_neighbours_in_half_precision_do_not_become_equal():
     z = torch.zeros(len(low), 300, dtype=torch.bfloat16)
     z[:, 10], z[:, 20] = low, torch.nextafter(low, torch.full_like(low, torch.inf))
     head = TemperatureHead(32).eval()
-    divided = divide(z, z[:, :32], head)
-    assert (divided.argmax(-1) == 20).all() and (z.argmax(-1) == 20).all()
+    divided = z/divisor(z, z[:, :32], head)
+    assert divided.dtype == torch.float32 and (divided.argmax(-1) == 20).all() and (z.argmax(-1) == 20).all()
     assert (divided.to(torch.bfloat16).argmax(-1) == 10).any()
 
 
