@@ -48,9 +48,9 @@ def in_vllm(llm, batch, rounds):
 
 
 def measure(folder, reads, batches, rounds, tmp):
-    "(name, result) for both libraries and every size of the batch"
+    "(name, result) for both libraries, and in vLLM for every size of the batch"
     model, tokenizer = load_model(folder)
-    for batch in batches: yield f'transformers, {reads}, batch {batch}', decode(model, tokenizer, reads, batch, NEW, rounds, T)
+    yield f'transformers, {reads}, batch 16', decode(model, tokenizer, reads, 16, NEW, rounds, T)
     TemperatureHead(model.config.hidden_size, reads=reads, base_model=fingerprint(model)).save_pretrained(tmp/'head')
     del model
     llm = vllm.LLM(str(serve_dir(tmp/'head', folder, tmp/'served')), **SETTINGS)
@@ -58,7 +58,7 @@ def measure(folder, reads, batches, rounds, tmp):
 
 
 if __name__ == '__main__':
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 30
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     results = dict(threads=torch.get_num_threads(), cores=os.cpu_count(), load_before=os.getloadavg()[0], transformers_version=transformers.__version__, vllm_version=vllm.__version__, new=NEW, temperature=T)
     for size,batches in (('135M', (1, 16, 64)), ('360M', (16,))):
         for reads in ('logits', 'hidden'):
