@@ -3,6 +3,7 @@
 As in run.py the two take turns with the same prompts and counts of tokens, and the ratio is the median of the pairs with its interval. In vLLM they even take turns in one
 engine, which has its head or not: two engines differ by more than a head costs. What a head costs in a step does not depend on the size of the model, so a larger one is
 measured beside the paper's: of the shape of SmolLM2 360M, with random weights.
+A machine that others share can have intervals wider than the cost: a head on hidden states, which costs next to nothing, tells by how much.
 """
 import json, os, sys, tempfile
 from functools import partial
@@ -18,7 +19,7 @@ from simpledeco.vllm import serve_dir
 MODEL, LARGER = ROOT/'models/embedded', dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5)
 NEW, T = 16, .7 # tokens of an answer; the static temperature
 SETTINGS = dict(dtype='float32', max_model_len=512, max_num_seqs=64, enforce_eager=True)
-# insecure: `switch` is sent to vLLM's process
+# nobind: on both cores; insecure: `switch` is sent to vLLM's process
 os.environ |= dict(HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='1', VLLM_CPU_OMP_THREADS_BIND='nobind', VLLM_NO_USAGE_STATS='1', VLLM_ALLOW_INSECURE_SERIALIZATION='1')
 
 
@@ -31,7 +32,7 @@ def larger(folder):
 
 
 def switch(model, on):
-    "Vllm's own class, or the one with a head"
+    "vLLM's own class, or the one with a head"
     from simpledeco.vllm import with_head
     base = next(c for c in type(model).__mro__ if c.__name__ == 'LlamaForCausalLM')
     model.__class__ = with_head(base) if on else base
