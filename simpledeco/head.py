@@ -8,6 +8,7 @@ __all__ = ['RANKS', 'RISKS', 'CARD', 'logit_features', 'TemperatureHead', 'forwa
            'predict', 'temperatures', 'from_pretrained', 'generate_model_card', 'check_fits', 'check_min_p']
 
 # %% ../nbs/05_head.ipynb #4dec2d54
+import math
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntry
 from safetensors import SafetensorError
 from torch import nn
 
-from .loss import self_quantile_temperature
+from .loss import _nucleus_gap
 from .model import fingerprint
 from .settings import check_fraction
 
@@ -30,13 +31,13 @@ def logit_features(
     top_logits:torch.Tensor, # [..., K >= 128] the largest logits, sorted
     min_p:float, # the threshold of min-p sampling
 )->torch.Tensor: # [..., 13] float32
-    "The shape of the next-token distribution. Raises `ValueError` for fewer than 128 logits"
+    "The shape of the next-token distribution. Raises `ValueError` for fewer than 128 logits, or min_p outside (0, 1)"
     if top_logits.shape[-1] < max(RANKS): raise ValueError(f'a head reads the {max(RANKS)} largest logits, there are {top_logits.shape[-1]}')
     top = top_logits[..., :max(RANKS)].float()
-    log_p = top.log_softmax(-1)
-    entropy = -(log_p.exp()*log_p).sum(-1, keepdim=True)
-    depth = top[..., :1] - torch.stack([top[..., k-1] for k in RANKS], -1)
-    return torch.cat([entropy, log_p[..., :1], depth, self_quantile_temperature(top, min_p=min_p, risk=RISKS)], -1)
+    gap, log_p = top[..., :1] - top, top.log_softmax(-1)
+    p = log_p.exp()
+    entropy, depth = -(p*log_p).sum(-1, keepdim=True), torch.stack([gap[..., k-1] for k in RANKS], -1)
+    return torch.cat([entropy, log_p[..., :1], depth, _nucleus_gap(gap, p, RISKS)/math.log(1/check_fraction('min_p', min_p))], -1)
 
 # %% ../nbs/05_head.ipynb #f3a7c7eb
 class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco', tags=['temperature', 'min-p', 'decoding'],

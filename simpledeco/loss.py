@@ -73,22 +73,23 @@ def minimum_sufficient_hinge(
     if reduction not in ('mean', 'sum', 'none'): raise ValueError(f"reduction {reduction!r} is not 'mean', 'sum' or 'none'")
     return loss if reduction == 'none' else getattr(loss, reduction)()
 
+# %% ../nbs/04_loss.ipynb #nucleus-gap
+def _nucleus_gap(gap, p, risks):
+    "[..., R] the gap of the last token of the nucleus of mass 1 - risk, for each risk; gap and p [..., K] from the top token down"
+    before = p.cumsum(-1)[..., :-1] # the mass before each token but the first
+    return gap.gather(-1, torch.stack([(before < 1 - r).sum(-1) for r in risks], -1))
+
 # %% ../nbs/04_loss.ipynb #65281f33
 def self_quantile_temperature(
     logits:torch.Tensor, # [..., V], or the K largest
     *,
     min_p:float=0.1, # the threshold of min-p sampling
-    risk:float|tuple=0.05, # the mass of the model's own distribution one accepts to lose; or several
+    risk:float=0.05, # the mass of the model's own distribution one accepts to lose
     log_z:torch.Tensor|None=None, # [...] log sum exp(z - z_max) over the vocabulary, if `logits` is not all of it
-)->torch.Tensor: # [...] the temperature at which min-p keeps the top-(1 - risk) nucleus; [..., R] for R risks
+)->torch.Tensor: # [...] the temperature at which min-p keeps the top-(1 - risk) nucleus
     "The minimum-sufficient temperature of text that the model itself wrote, from the logits alone"
-    several = isinstance(risk, tuple)
-    masses = [1 - check_fraction('risk', r) for r in (risk if several else (risk,))]
+    check_fraction('risk', risk)
     z = logits.float().sort(-1, descending=True).values
     gap = z[..., :1] - z
     total = torch.exp(-gap).sum(-1).log() if log_z is None else log_z
-    p = torch.exp(-gap - total[..., None])
-    before = p.cumsum(-1) - p
-    last = torch.stack([(before < m).sum(-1) for m in masses], -1) - 1
-    found = gap.gather(-1, last)/math.log(1/check_fraction('min_p', min_p))
-    return found if several else found[..., 0]
+    return _nucleus_gap(gap, torch.exp(-gap - total[..., None]), (risk,))[..., 0]/math.log(1/check_fraction('min_p', min_p))
