@@ -21,9 +21,9 @@ def run(*command, cwd, check=True, **kw):
     return done
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def clone(tmp_path_factory):
-    "A fresh clone: the tracked files as they are now, committed in a repository of their own, and data/"
+    "A fresh clone for each file of tests, which may change it: the tracked files as they are now, committed in a repository of their own"
     folder = tmp_path_factory.mktemp('clone')/'simpledeco'
     for name in run('git', 'ls-files', '-co', '--exclude-standard', cwd=ROOT).stdout.splitlines():
         if not (ROOT/name).exists(): continue
