@@ -33,7 +33,7 @@ def larger(folder):
     return folder
 
 
-def with_head(clock):
+def heads_turn(clock):
     "Whether the step that `clock` saw begin is one with the head: H S S H"
     return len(clock) % 4 in (0, 1)
 
@@ -52,9 +52,9 @@ def in_transformers(model, tokenizer, head, batch, calls):
     attachment.remove() # it is called by hand, at every second step
     def hook(module, args, logits):
         clock.append(time.perf_counter())
-        return attachment(module, args, logits) if with_head(clock) else logits
+        return attachment(module, args, logits) if heads_turn(clock) else logits
     options = sampling(head) | dict(max_new_tokens=SKIP + STEPS + 1, min_new_tokens=SKIP + STEPS + 1, pad_token_id=0)
-    options['logits_processor'] = LogitsProcessorList([lambda ids, scores: scores if with_head(clock) else static(ids, scores), *options['logits_processor']])
+    options['logits_processor'] = LogitsProcessorList([lambda ids, scores: scores if heads_turn(clock) else static(ids, scores), *options['logits_processor']])
     def generate():
         clock.clear(); model.generate(ids, **options)
         return list(clock)
@@ -70,7 +70,7 @@ def watch(model):
     class Alternating(headed):
         def compute_logits(self, *args, **kwargs):
             self.clock.append(time.perf_counter())
-            return (headed if with_head(self.clock) else base).compute_logits(self, *args, **kwargs)
+            return (headed if heads_turn(self.clock) else base).compute_logits(self, *args, **kwargs)
     model.clock, model.__class__ = [], Alternating
 
 
