@@ -20,7 +20,7 @@ setup: .venv/ready data tex
 	touch $@
 
 data: .venv/ready
-	python -m simpledeco.data
+	python -m simpledeco.study.data
 
 .PHONY: tex
 TEX_PACKAGES = texlive-latex-base texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended latexmk
@@ -48,7 +48,7 @@ full: setup
 	test -d build/full || git clone -q . build/full
 	rm -rf build/full/data && git archive HEAD | tar -x -C build/full --exclude=dvc.lock --exclude=metrics --exclude=plots
 	git log -1 --format='{"commit": "%h", "date": "%cs"}' > build/full/run.json
-	cd build/full && ln -sfn $(CURDIR)/.venv .venv && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.data && PYTHONPATH=. dvc repro search benchmarks
+	cd build/full && ln -sfn $(CURDIR)/.venv .venv && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.study.data && PYTHONPATH=. dvc repro search benchmarks
 	for f in onpolicy frontier search benchmarks; do cp build/full/metrics/$$f.json metrics/full_$$f.json; done
 	for f in frontier samples; do cp build/full/plots/$$f.csv plots/full_$$f.csv; done
 	cp build/full/run.json metrics/full_run.json
@@ -60,8 +60,8 @@ lab: setup
 notebooks: setup
 	nbdev-export
 	jupyter nbconvert --to notebook --execute --inplace nbs/*.ipynb
-	python -m simpledeco.paper nbs/*.ipynb
-	python -m simpledeco.paper --readme nbs/index.ipynb README.md
+	python -m simpledeco.study.paper nbs/*.ipynb
+	python -m simpledeco.study.paper --readme nbs/index.ipynb README.md
 
 clean:
 	rm -rf build/*.ipynb heads tokens models answers judged tasks autodeco data paper/main.pdf

@@ -9,15 +9,14 @@ from multiprocessing import get_context
 import pandas as pd
 import torch
 
-from simpledeco.autodeco import AutoDeco, autodeco_rule, temperature_loss, top_p_loss
-from simpledeco.data import load_examples
-from simpledeco.decode import min_p_filter
+from simpledeco.study.autodeco import AutoDeco, temperature_loss, top_p_loss
+from simpledeco.study.data import load_examples
+from simpledeco.decode import min_p_filter, top_p_filter
 from simpledeco.head import TemperatureHead
 from simpledeco.loss import minimum_sufficient_hinge
 from simpledeco.model import load_model
-from simpledeco.prescan import scan
-from simpledeco.sample import top_p_filter
-from simpledeco.settings import load_params, load_profile
+from simpledeco.scan import scan
+from simpledeco.study.settings import load_params, load_profile
 
 HIDDEN = 576
 SETTINGS = {'AutoDeco': dict(objective=['steepness of the soft mask', 'rate of easy-token masking', 'dynamic fine-tuning weights', 'weight of either loss', 'clamp of T in the first loss', 'clamp of T in the second', 'epsilon of the normaliser', 'epsilon of the logarithm'],
@@ -77,10 +76,10 @@ def training(vocabularies, seconds):
 def decoding(model, batch, rounds):
     "Seconds of a decoding step by method: median of the model's step plus median of what follows it"
     d, v, head, heads = model.config.hidden_size, model.config.vocab_size, {r: TemperatureHead(model.config.hidden_size, reads=r).eval() for r in ('logits', 'hidden')}, AutoDeco(model.config.hidden_size).eval()
-    rule, divided = autodeco_rule(heads), lambda z, T: z/T[:, None]
+    divided = lambda z, T: z/T[:, None]
 
     def nucleus(h, z):
-        T, P = rule(h, z)
+        T, P = (x[..., 0] for x in heads(h, z))
         return top_p_filter(divided(z, T), P)
     methods = {'static T, min-p': lambda h, z: min_p_filter(z/.7, .1), 'static T, top-p': lambda h, z: top_p_filter(z/.7, torch.full((len(z),), .9)), 'AutoDeco': nucleus} | {
         name: lambda h, z, r=r: min_p_filter(divided(z, head[r].temperature(head[r].live_inputs(h, z))), .1) for name,r in (('ours', 'logits'), ('ours, hidden', 'hidden'))}

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList, MinPLogitsWarper
 
-from simpledeco.data import encode, load_examples
-from simpledeco.decode import MinP, attach, sampling
+from simpledeco.conversations import encode
+from simpledeco.study.data import load_examples
+from simpledeco.decode import attach, MinP, sampling
 from simpledeco.head import TemperatureHead
-from simpledeco.model import build_model, fingerprint, load_model
-from simpledeco.prescan import _batches, _scan_batch
-from simpledeco.settings import load_profile, project_root
+from simpledeco.model import fingerprint, load_model
+from simpledeco.study.models import build_model
+from simpledeco.scan import _batches, _scan_batch
+from simpledeco.study.settings import load_profile, project_root
 
 ROOT, DVC = project_root(Path(__file__).parent), Path(sys.executable).parent/'dvc'
 
@@ -60,9 +62,9 @@ def prescan(model, tokenizer, profile):
 MEMORY = '''
 import json, resource, sys, tempfile, torch
 from pathlib import Path
-from simpledeco.data import load_examples
+from simpledeco.study.data import load_examples
 from simpledeco.model import load_model
-from simpledeco.prescan import scan
+from simpledeco.scan import scan
 torch.set_num_threads(1)
 root, copies = Path(sys.argv[1]), int(sys.argv[2])
 model, tokenizer = load_model(root/'models/smoke')

@@ -5,13 +5,16 @@ import numpy as np, pytest, torch
 from conftest import ROOT
 from scipy.special import log_softmax, softmax
 
-from simpledeco.autodeco import AutoDeco, TempHead, TopPHead, autodeco_loss, autodeco_rule, collapse, fit_autodeco, predict, temperature_loss, token_columns, top_p_loss, train_once
-from simpledeco.controls import BUDGET, decoder_scores, decompose, edt, fit_entropy_head, mass_upto, shuffled_within, tune
-from simpledeco.data import load_examples
-from simpledeco.model import build_model, load_model
-from simpledeco.prescan import scan
-from simpledeco.sample import top_p_filter
-from simpledeco.settings import load_profile
+from simpledeco.study.autodeco import AutoDeco, autodeco_loss, autodeco_rule, collapse, fit_autodeco, predict, temperature_loss, TempHead, token_columns, top_p_loss, TopPHead, train_once
+from simpledeco.evaluate import decoder_scores, mass_upto
+from simpledeco.study.rivals import BUDGET, decompose, edt, fit_entropy_head, shuffled_within, tune
+from simpledeco.study.data import load_examples
+from simpledeco.model import load_model
+from simpledeco.study.models import build_model
+from simpledeco.scan import scan
+from simpledeco.decode import top_p_filter
+from simpledeco.sample import Step
+from simpledeco.study.settings import load_profile
 
 
 @pytest.fixture(scope='module')
@@ -120,11 +123,11 @@ def test_saved_heads_decode_as_before(tmp_path, smoke):
     assert {x.suffix for x in tmp_path.iterdir()} <= {'.safetensors', '.json', '.md'}
     loaded, rows = AutoDeco.from_pretrained(tmp_path).eval(), torch.arange(20)
     hidden = table.take('hidden', rows)
-    T, P = autodeco_rule(loaded)(hidden, hidden @ weight.T)
-    assert torch.equal(T, autodeco_rule(heads)(hidden, hidden @ weight.T)[0])
-    torch.testing.assert_close(T, predict(loaded, table, rows)[0])
-    torch.testing.assert_close(autodeco_rule(loaded, scale=2.)(hidden, hidden @ weight.T)[0], 2*T)
-    q = top_p_filter(hidden @ weight.T/T[:, None], P).softmax(-1)
+    T, P = predict(loaded, table, rows)
+    assert torch.equal(T, predict(heads, table, rows)[0])
+    step = Step(hidden, hidden @ weight.T, rows, rows, (hidden, hidden @ weight.T), {})
+    torch.testing.assert_close(autodeco_rule(loaded, scale=2.)(step).amax(1), (hidden @ weight.T).amax(1)/(2*T))
+    q = autodeco_rule(loaded)(step).softmax(-1)
     full = (hidden @ weight.T/T[:, None]).double().softmax(-1)
     mass = (full*(q > 0)).sum(1)
     smallest = torch.where(q > 0, full, 2.).amin(1)

@@ -13,13 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 
-from simpledeco.data import CORPORA
+from simpledeco.study.corpora import CORPORA
 from simpledeco.decode import min_p_filter
-from simpledeco.hub import SCHEMAS, hub_corpus
+from simpledeco.study.hub import hub_corpus, SCHEMAS
 from simpledeco.loss import minimum_sufficient_hinge, required_temperature, self_quantile_temperature
-from simpledeco.model import build_model, load_model
-from simpledeco.prescan import GRID, scan, token_statistics
-from simpledeco.settings import PARAM_KEYS, check_fraction, check_params, load_params, load_profile
+from simpledeco.model import load_model
+from simpledeco.study.models import build_model
+from simpledeco.logits import GRID, token_statistics
+from simpledeco.scan import scan
+from simpledeco.checks import check_fraction
+from simpledeco.study.settings import check_params, load_params, load_profile, PARAM_KEYS
 
 MANY = int(os.environ.get('SIMPLEDECO_EXAMPLES', 40)) # inputs for each test; `make faults` asks for many
 TRIED = Counter()

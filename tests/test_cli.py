@@ -7,7 +7,7 @@ from conftest import ROOT, run
 
 from simpledeco.cli import main
 from simpledeco.head import TemperatureHead
-from simpledeco.prescan import TokenTable
+from simpledeco.table import TokenTable
 
 MODEL = ROOT/'models/smoke'
 COMMANDS = ['prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir']
@@ -30,7 +30,8 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp('cli')
     talks = [dict(messages=[dict(role='user', content=f'What is {a} + {b}?'), dict(role='assistant', content=f'{a} + {b} = {a + b}')]) for a in range(12) for b in range(12)]
     (folder/'sums.jsonl').write_text('\n'.join(map(json.dumps, talks)))
-    simpledeco('prescan', MODEL, 'tokens', '--data', 'sums.jsonl', '--data', 'arithmetic', '--max-examples', '60', cwd=folder)
+    (folder/'arithmetic.jsonl').write_bytes(to_jsonl(make_corpus('arithmetic')))
+    simpledeco('prescan', MODEL, 'tokens', '--data', 'sums.jsonl', '--data', 'arithmetic.jsonl', '--max-examples', '60', cwd=folder)
     simpledeco('train', 'tokens', 'head', '--risk', '.2', '--steps', '100', cwd=folder)
     simpledeco('calibrate', 'head', 'tokens', 'calibrated', cwd=folder)
     simpledeco('serve-dir', 'calibrated', MODEL, 'served', cwd=folder)
@@ -103,7 +104,7 @@ def check_one_line(done, message):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['train', 'nowhere', 'x'], 'no token table in nowhere'), (['prescan', MODEL, 'x', '--data', 'poems'], 'poems is neither a file'),
+    (['train', 'nowhere', 'x'], 'no token table in nowhere'), (['prescan', MODEL, 'x', '--data', 'poems'], 'poems'),
     (['train', 'tokens', 'x', '--risk', '2'], 'risk is 2.0'), (['train', 'tokens', 'x', '--corpus', 'poems'], 'poems'), (['serve-dir', 'calibrated', MODEL, 'served'], 'served exists'),
     (['calibrate', 'head', 'tokens', 'x', '--risk', '.001'], 'risk 0.001 needs at least'), (['answer', MODEL, 'x', '--data', 'sums.jsonl'], 'sums.jsonl line 1'), (['generate', 'foreign', MODEL, 'hi'], 'trained for base model')])
 def test_errors_are_one_line(work, arguments, message):

@@ -4,7 +4,7 @@ import copy, math
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
-from simpledeco.decode import MinP, attach, check_plain_logits, divisor, sampling
+from simpledeco.decode import attach, check_plain_logits, divisor, MinP, sampling
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
 from conftest import ROOT

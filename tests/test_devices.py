@@ -2,11 +2,11 @@
 import pytest, torch
 from conftest import ROOT
 
-from simpledeco.data import load_examples
+from simpledeco.study.data import load_examples
 from simpledeco.decode import attach, sampling
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
-from simpledeco.prescan import scan
+from simpledeco.scan import scan
 
 DEVICES = ['cpu'] + ['cuda']*torch.cuda.is_available()
 

@@ -3,17 +3,19 @@
 `accelerate launch` starts torchrun on GPUs, but a single process on a CPU; so torchrun is called here."""
 from conftest import ROOT, run
 
-from simpledeco.data import load_examples
-from simpledeco.model import build_model, load_model
-from simpledeco.prescan import TokenTable, scan
-from simpledeco.settings import load_profile
+from simpledeco.study.data import load_examples
+from simpledeco.model import load_model
+from simpledeco.study.models import build_model
+from simpledeco.scan import scan
+from simpledeco.table import TokenTable
+from simpledeco.study.settings import load_profile
 
 SCAN = '''
 import sys, torch
 from pathlib import Path
-from simpledeco.data import load_examples
+from simpledeco.study.data import load_examples
 from simpledeco.model import load_model
-from simpledeco.prescan import scan
+from simpledeco.scan import scan
 root, out, extra = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 torch.set_num_threads(1)
 model, tokenizer = load_model(root/'models/smoke')

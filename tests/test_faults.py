@@ -6,11 +6,13 @@ import pytest, torch
 from conftest import ROOT, run
 
 from simpledeco.contract import calibrate, coverage
-from simpledeco.data import load_examples
+from simpledeco.study.data import load_examples
 from simpledeco.head import TemperatureHead
-from simpledeco.model import build_model, load_model
-from simpledeco.prescan import TokenTable, scan
-from simpledeco.settings import load_profile
+from simpledeco.model import load_model
+from simpledeco.study.models import build_model
+from simpledeco.scan import scan
+from simpledeco.table import TokenTable
+from simpledeco.study.settings import load_profile
 from simpledeco.train import fit
 
 
@@ -26,7 +28,7 @@ def test_bad_parameters_stop_before_any_work(tmp_path, key, value, message):
     for name in ('settings.ini', 'params.yaml', 'data.dvc'): (tmp_path/name).write_text((ROOT/name).read_text())
     lines = [f'{key}: {value}' if l.startswith(f'{key}:') else l for l in (ROOT/'params.yaml').read_text().splitlines()]
     (tmp_path/'params.yaml').write_text('\n'.join(lines))
-    done = run(sys.executable, '-m', 'simpledeco.data', cwd=tmp_path, check=False)
+    done = run(sys.executable, '-m', 'simpledeco.study.data', cwd=tmp_path, check=False)
     assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr
     assert not (tmp_path/'data').exists()
 
@@ -34,7 +36,7 @@ def test_bad_parameters_stop_before_any_work(tmp_path, key, value, message):
 def test_an_unknown_parameter_is_named(tmp_path):
     for name in ('settings.ini', 'data.dvc'): (tmp_path/name).write_text((ROOT/name).read_text())
     (tmp_path/'params.yaml').write_text((ROOT/'params.yaml').read_text() + 'temprature: 1\n')
-    done = run(sys.executable, '-m', 'simpledeco.data', cwd=tmp_path, check=False)
+    done = run(sys.executable, '-m', 'simpledeco.study.data', cwd=tmp_path, check=False)
     assert done.returncode == 1 and 'temprature' in done.stderr
 
 
@@ -71,7 +73,7 @@ def job(work, out, ready):
 
 # a server that has imported everything already starts each process, so that a kill costs what the work costs
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['simpledeco.contract', 'simpledeco.prescan', 'simpledeco.train'])
+SERVER.set_forkserver_preload(['simpledeco.contract', 'simpledeco.scan', 'simpledeco.train'])
 
 
 def start(work, out):

@@ -10,10 +10,14 @@ from conftest import ROOT, run
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from simpledeco.contract import calibrate, coverage
-from simpledeco.hub import SCHEMAS, hub_corpus, load_reward_model, profile_examples, rewards, win_rate
-from simpledeco.model import build_model, load_model
-from simpledeco.prescan import scan
-from simpledeco.settings import corpus_sources, load_profile, split_source
+from simpledeco.study.hub import hub_corpus, SCHEMAS
+from simpledeco.study.profiles import profile_examples
+from simpledeco.study.rewards import load_reward_model, rewards, win_rate
+from simpledeco.model import load_model
+from simpledeco.study.models import build_model
+from simpledeco.scan import scan
+from simpledeco.model import split_source
+from simpledeco.study.settings import corpus_sources, load_profile
 from simpledeco.train import fit
 
 GSM8K = Path(os.environ.get('SIMPLEDECO_GSM8K', ROOT.parent/'shared/data/gsm8k'))
@@ -62,7 +66,7 @@ def test_every_schema_becomes_examples(tmp_path, name):
     assert len({x['group'] for x in examples}) == len({x['id'] for x in examples}) == len(examples)
     for x in examples:
         assert x['messages'][-1]['role'] == 'assistant' and all(m['content'] for m in x['messages'])
-        if SCHEMAS[name].right: assert SCHEMAS[name].right(x['messages'][-1]['content'], x['answers']), 'the reference passes its own check'
+        if SCHEMAS[name].check: assert CHECKS[SCHEMAS[name].check](x['messages'][-1]['content'], x['answers']), 'the reference passes its own check'
         else: assert x['answers'] == []
         if name == 'gsm8k': assert '<<' not in x['messages'][1]['content'] and '####' not in x['messages'][1]['content']
     if SCHEMAS[name].test: # the publisher's test split stays the test split
@@ -86,7 +90,7 @@ def test_a_profile_reads_folders(tmp_path):
 
 def test_an_unreachable_hub_is_one_sentence_and_a_cure():
     "Without a network the real repositories cannot be opened, and the message says what to do"
-    code = ('from simpledeco.hub import profile_examples; from simpledeco.settings import load_profile; p = load_profile("hub")\n'
+    code = ('from simpledeco.study.profiles import profile_examples; from simpledeco.study.settings import load_profile; p = load_profile("hub")\n'
             'try: profile_examples(p)\nexcept OSError as e: print(e)')
     said = run('python', '-c', code, cwd=ROOT).stdout
     assert 'cannot open corpus deepmath = zwhe99/DeepMath-103K@' in said and '--local-dir' in said and 'hf auth login' in said
@@ -122,7 +126,7 @@ def test_real_gsm8k_from_a_folder_to_coverage(tmp_path):
     smoke = load_profile('smoke', ROOT)
     model, tokenizer = load_model(build_model(smoke.model, ROOT/'models/smoke', smoke.sha256))
     examples = hub_corpus('gsm8k', str(GSM8K), 60)
-    assert all(SCHEMAS['gsm8k'].right(x['messages'][1]['content'], x['answers']) for x in examples)
+    assert all(CHECKS['number'](x['messages'][1]['content'], x['answers']) for x in examples)
     table = scan(model, tokenizer, examples, tmp_path/'t', batch_tokens=8192, max_tokens=200, progress=False)
     head = fit(table, risk=.1, steps=200)
     calibrated = calibrate(head, table, .1)

@@ -8,9 +8,9 @@ from test_hub import ROWS, folder
 from test_pipeline import set_params
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from simpledeco.data import make_corpus
-from simpledeco.model import build_model
-from simpledeco.settings import load_profile
+from simpledeco.study.corpora import make_corpus
+from simpledeco.study.models import build_model
+from simpledeco.study.settings import load_profile
 
 pytestmark = pytest.mark.skipif('SIMPLEDECO_HUB' not in os.environ, reason='takes minutes: make test-hub')
 
@@ -43,7 +43,7 @@ def finished(clone, tmp_path_factory):
         if (away/name).exists(): ini['corpora'][name] = str(away/name)
     with open(clone/'settings.ini', 'w') as f: ini.write(f)
     set_params(clone, profile='hub', steps=100, bootstrap=50, width=16, train_corpora='deepmath ultrachat tulu')
-    run('python', '-m', 'simpledeco.data', cwd=clone)
+    run('python', '-m', 'simpledeco.study.data', cwd=clone)
     run('dvc', 'repro', 'evaluate', 'controls', 'contract', 'losses', 'lethality', 'cost', 'search', 'benchmarks', cwd=clone)
     return clone
 

@@ -16,7 +16,7 @@ def set_params(folder, **values):
 def finished(clone):
     "The clone after one `dvc repro`: every stage, with a hundred steps, so that a head has had the time to move"
     set_params(clone, profile='smoke', steps=100, bootstrap=50, width=16)
-    run('python', '-m', 'simpledeco.data', cwd=clone)
+    run('python', '-m', 'simpledeco.study.data', cwd=clone)
     done = run('dvc', 'repro', cwd=clone)
     run('git', 'commit', '-qam', 'smoke', cwd=clone)
     return clone, done.stdout

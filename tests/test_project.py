@@ -4,9 +4,9 @@ import ast, re, shutil
 import nbformat, pytest, yaml
 from conftest import ROOT, run
 
-from simpledeco.data import CORPORA
-from simpledeco.paper import numbers_tex, read_metrics, readme, used_numbers
-from simpledeco.settings import check_params, load_params, load_profile
+from simpledeco.study.corpora import CORPORA
+from simpledeco.study.paper import numbers_tex, read_metrics, readme, used_numbers
+from simpledeco.study.settings import check_params, load_params, load_profile
 
 STAGES = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
 PIPELINE = sorted((ROOT/'nbs/pipeline').glob('*.ipynb'))
