@@ -7,6 +7,8 @@ from conftest import ROOT, run
 
 from simpledeco.cli import main
 from simpledeco.head import TemperatureHead
+from simpledeco.study.corpora import make_corpus
+from simpledeco.study.data import to_jsonl
 from simpledeco.table import TokenTable
 
 MODEL = ROOT/'models/smoke'

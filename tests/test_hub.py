@@ -10,6 +10,7 @@ from conftest import ROOT, run
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from simpledeco.contract import calibrate, coverage
+from simpledeco.judge import CHECKS
 from simpledeco.study.hub import hub_corpus, SCHEMAS
 from simpledeco.study.profiles import profile_examples
 from simpledeco.study.rewards import load_reward_model, rewards, win_rate
