@@ -338,6 +338,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'simpledeco.vllm._check': ('vllm.html#_check', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm._fill': ('vllm.html#_fill', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm._own_files': ('vllm.html#_own_files', 'simpledeco/vllm.py'),
+                                 'simpledeco.vllm._reads_last_hidden': ('vllm.html#_reads_last_hidden', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm._source': ('vllm.html#_source', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm.load_head': ('vllm.html#load_head', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm.register': ('vllm.html#register', 'simpledeco/vllm.py'),
