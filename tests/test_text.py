@@ -68,7 +68,7 @@ PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eot>{{ '\\n' }}{
 DOUBLE = PLAIN.replace("<eot>{{ '\\n' }}", '<eot></s>')
 SYSTEM_NO = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% endfor %}" + PLAIN
 DATED = "<|system|>Today is {{ strftime_now('%d %b %Y') }}<eot>" + PLAIN
-OPENS = PLAIN.replace('%}<|assistant|>{%', '%}<|assistant|><think>\\n{%') # and the rendered answer has no thought
+OPENS = PLAIN.replace('%}<|assistant|>{%', '%}<|assistant|><think>\n{%') # and the rendered answer has no thought
 LOOPS = PLAIN + '{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}'
 STRIPS = """{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<eot>
 {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
@@ -130,7 +130,7 @@ def test_vllm_stops_at_every_end_and_its_answers_are_judged_by_the_same(monkeypa
 
 # which tokens are the response
 
-@pytest.mark.parametrize('template', [PLAIN, DOUBLE, PLAIN.replace("'\\n'", "'\\n\\n'"), PLAIN.replace("{{ '\\n' }}", '</s>\\n')])
+@pytest.mark.parametrize('template', [PLAIN, DOUBLE, PLAIN.replace("'\\n'", "'\\n\\n'"), PLAIN.replace("{{ '\\n' }}", "</s>{{ '\\n' }}")])
 def test_what_a_template_writes_behind_the_end_is_not_response(template):
     tokenizer = tokenizer_of(template)
     ids, said, where = read(tokenizer, talk('hi', 'ok', 'say', 'no'))
@@ -139,7 +139,7 @@ def test_what_a_template_writes_behind_the_end_is_not_response(template):
 
 
 @pytest.mark.parametrize('kind', list(SPLIT))
-@pytest.mark.parametrize('template', [PLAIN, PLAIN.replace('|>{{ m', '|>\\n{{ m').replace('<|assistant|>{%', '<|assistant|>\\n{%'), '<s>' + PLAIN])
+@pytest.mark.parametrize('template', [PLAIN, PLAIN.replace('|>{{ m', '|>:{{ m').replace('<|assistant|>{%', '<|assistant|>:{%'), '<s>' + PLAIN])
 def test_ids_are_those_of_the_whole_conversation(kind, template):
     tokenizer, messages = tokenizer_of(template, kind), talk('hi', 'ok it is', 'say it', 'no', system='be brief')
     ids, said, where = read(tokenizer, messages)
@@ -320,8 +320,8 @@ FAMILIES = {
     'plain words': "{% for m in messages %}{{ m.role|upper }}: {{ m.content }}{{ '</s>' if m.role == 'assistant' else '\n' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
     'a line for each': "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
     'headings': "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{{ '<eot>\n' if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}",
-    'end only between turns': "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '<eot>' if not loop.last or m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    'another end for the last': "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '</s>' if loop.last else '<eot>' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    'end of the answers alone': "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '<eot>' if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    'another end for the last': "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '</s>' if loop.last and m.role == 'assistant' else '<eot>' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
 }
 
 
@@ -331,8 +331,16 @@ def test_families(family, kind):
     "Ids of the whole; prompt and response side by side, as generation would see them; one end each, and the words of the last answer"
     tokenizer, messages = tokenizer_of(FAMILIES[family], kind), talk('hi', 'ok it is', 'say it', 'no')
     ids, said, where = read(tokenizer, messages)
-    assert ids == whole(tokenizer, messages, len(ids))
+    asked, full = prompt_ids(tokenizer, [messages[:1], messages[:3]]), whole(tokenizer, messages, 10**6)
+    plain = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if all(full[:len(a)] == a for a in asked): assert ids == full[:len(ids)] # no token straddles a border
     last = where[max(i for i in range(len(where)) if i == 0 or where[i] != where[i-1] + 1):]
-    assert ids[:last[0]] == tokenizer(tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids
+    assert ids[:last[0]][-3:] == asked[1][-3:] and plain(full).startswith(plain(ids))
     assert tokenizer.decode([ids[i] for i in last]).replace(' ', '').strip() in ('no<eot>', 'no</s>', 'no\n<eot>')
     assert sum(ids[i] in tokenizer.convert_tokens_to_ids(['<eot>', '</s>']) for i in last) == 1 and where[-1] == len(ids) - 1
+
+
+def test_a_prompt_that_the_template_renders_otherwise_when_it_is_answered_is_refused():
+    "The user's turn is closed only once it is not the last: no server would have asked what the whole conversation holds"
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '<eot>' if not loop.last or m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    with pytest.raises(ValueError, match='example x0 .*no model would say this text there'): read(tokenizer_of(template), talk('hi', 'ok'))
