@@ -65,6 +65,7 @@ def scan(
     "Run the model once over the examples and keep what decoding needs; resumes after an interruption, and shares the work among the processes of `accelerate launch`"
     path, me, to_ids = Path(path), processes(), encoder(model, tokenizer, max_tokens)
     info = _table_info(model, examples, to_ids, batch_tokens, shard_examples, progress and me.is_main_process)
+    if all('right' in x for x in examples): info['judged'] = True # answers that were judged, not reference text
     with _only_run(path, me, info):
         bar = tqdm(range(me.process_index, -(-len(examples)//shard_examples), me.num_processes), unit='shard', disable=not (progress and me.is_main_process))
         for i in bar:
