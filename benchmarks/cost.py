@@ -1,7 +1,7 @@
 """What each method costs: training speed and memory over the size of the vocabulary, parameters, decoding overhead, and the wall-clock with the pre-scan, in one run.
 
 A training step is forward, backward and optimiser on the same number of tokens with random inputs. AutoDeco's step has both heads and both losses, with its full sort of the vocabulary; the logits are given to it for free. Ours reads cached features and gaps.
-Every configuration runs in a process of its own, so that its peak memory is its own. Decoding is measured on the profile's model, methods taking turns. Writes metrics/cost.json and plots/cost.csv. Run: python benchmarks/cost.py [profile]
+Every configuration runs in a process of its own, so that its peak memory is its own. Decoding is measured on the profile's model, methods taking turns. Writes cost.json and cost.csv in the results of the profile. Run: python benchmarks/cost.py [profile]
 """
 import json, resource, statistics, sys, tempfile, time
 from multiprocessing import get_context
@@ -16,6 +16,7 @@ from simpledeco.head import TemperatureHead
 from simpledeco.loss import minimum_sufficient_hinge
 from simpledeco.model import load_model
 from simpledeco.scan import scan
+from simpledeco.study.results import save_results
 from simpledeco.study.settings import load_params, load_profile
 
 HIDDEN = 576
@@ -108,7 +109,7 @@ if __name__ == '__main__':
         examples, start = load_examples(p.root, 1 if small else 3), time.perf_counter()
         table = scan(model, tokenizer, examples, folder, p.batch_tokens, progress=False)
         scan_speed = table.info['tokens']/(time.perf_counter() - start)
-    info = json.loads((p.root/'metrics/prescan.json').read_text())
+    info = json.loads((p.root/'results'/p.name/'prescan.json').read_text())
     at = min(rows, key=lambda r: abs(r['vocabulary'] - info['vocabulary']))
     read, epoch = info['tokens_read']/scan_speed, {k: info['tokens']/at[k] for k in ('ours', 'autodeco')}
     wall = dict(scan=read, epoch_ours=epoch['ours'], epoch_autodeco=epoch['autodeco'], ratio=(read + epoch['autodeco'])/(read + epoch['ours']),
@@ -117,7 +118,5 @@ if __name__ == '__main__':
     settings = {k: dict(n=sum(map(len, v.values())), objective=len(v['objective']), listed={a: ', '.join(b) for a,b in v.items()}) for k,v in SETTINGS.items()}
     metrics = dict(threads=torch.get_num_threads(), at=at, largest=rows[-1], flat=max(r['ours'] for r in rows)/min(r['ours'] for r in rows), decoding=steps, scan_tokens_per_second=scan_speed, wall=wall,
                    settings=settings, parameters={'ours': count(TemperatureHead(HIDDEN, reads='logits')), 'ours, hidden': count(TemperatureHead(HIDDEN, reads='hidden')), 'AutoDeco': count(AutoDeco(HIDDEN))})
-    for folder in ('metrics', 'plots'): (p.root/folder).mkdir(exist_ok=True)
-    (p.root/'metrics/cost.json').write_text(json.dumps(metrics, indent=1))
-    pd.DataFrame(rows).to_csv(p.root/'plots/cost.csv', index=False, float_format='%.5g')
+    save_results(p, 'cost', metrics, cost=pd.DataFrame(rows))
     print(json.dumps(dict(decoding=steps, wall=wall, settings={k: v['n'] for k,v in settings.items()}), indent=1))

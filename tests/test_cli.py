@@ -96,7 +96,7 @@ def test_inspect_writes_one_file_that_needs_no_other(work):
     simpledeco('inspect', 'calibrated', MODEL, 'page.html', '--prompt', 'What is <i>1</i> + 1?', '--answer', 'It is <script>2</script>.', cwd=work)
     page = (work/'page.html').read_text()
     assert '<script' not in page and '<i>' not in page and 'http' not in page and 'src=' not in page
-    assert page.count('tabindex="0"') > 5 and page.count('candidates<table>') == page.count('tabindex="0"')
+    assert page.count('tabindex="0"') > 5 and page.count('data-why="temperature ') == page.count('tabindex="0"')
 
 
 def check_one_line(done, message):

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from simpledeco.study.corpora import make_corpus
 from simpledeco.study.models import build_model
+from simpledeco.study.results import read_results
 from simpledeco.study.settings import load_profile
 
 pytestmark = pytest.mark.skipif('SIMPLEDECO_HUB' not in os.environ, reason='takes minutes: make test-hub')
@@ -42,14 +43,14 @@ def finished(clone, tmp_path_factory):
     for name in ini['corpora']:
         if (away/name).exists(): ini['corpora'][name] = str(away/name)
     with open(clone/'settings.ini', 'w') as f: ini.write(f)
-    set_params(clone, profile='hub', steps=100, bootstrap=50, width=16, train_corpora='deepmath ultrachat tulu')
+    set_params(clone, profiles='[hub]', steps=100, bootstrap=50, width=16, train_corpora='deepmath ultrachat tulu')
     run('python', '-m', 'simpledeco.study.data', cwd=clone)
-    run('dvc', 'repro', 'evaluate', 'controls', 'contract', 'losses', 'lethality', 'cost', 'search', 'benchmarks', cwd=clone)
+    run('dvc', 'repro', *(f'{s}@hub' for s in ('evaluate', 'controls', 'contract', 'losses', 'lethality', 'cost', 'search', 'benchmarks')), cwd=clone)
     return clone
 
 
 def test_every_stage_speaks_of_the_corpora_of_the_profile(finished):
-    metrics = {p.stem: json.loads(p.read_text()) for p in (finished/'metrics').glob('[a-eg-z]*.json')} | dict(frontier=json.loads((finished/'metrics/frontier.json').read_text()))
+    metrics = read_results(finished/'results/hub')
     assert set(metrics['prescan']['corpora']) == set(metrics['evaluate']['scores']) == set(ROWS)
     assert set(metrics['frontier']['corpora']) == {'gsm8k', 'triviaqa', 'history'} and metrics['frontier']['opens'] > 0
     assert set(metrics['benchmarks']['questions']) == {'gsm8k', 'deepmath', 'triviaqa', 'history'}
@@ -57,5 +58,5 @@ def test_every_stage_speaks_of_the_corpora_of_the_profile(finished):
 
 
 def test_a_reward_model_compares_the_open_answers(finished):
-    wins = json.loads((finished/'metrics/frontier.json').read_text())['wins']
-    assert wins['T = 1'] == .5 and 'left out' in wins and all(0 <= w <= 1 for w in wins.values())
+    wins = read_results(finished/'results/hub')['frontier']['wins']
+    assert wins['T = 1'] == .5 and 'judged, left out' in wins and all(0 <= w <= 1 for w in wins.values())

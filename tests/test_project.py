@@ -5,7 +5,9 @@ import nbformat, pytest, yaml
 from conftest import ROOT, run
 
 from simpledeco.study.corpora import CORPORA
-from simpledeco.study.paper import numbers_tex, read_metrics, readme, used_numbers
+from simpledeco.study.paper import numbers_tex, readme, used_numbers
+from simpledeco.study.pipeline import check_pipeline, import_graph, parameters, reached
+from simpledeco.study.results import all_numbers, check_stamp
 from simpledeco.study.settings import check_params, load_params, load_profile
 
 STAGES = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
@@ -21,7 +23,7 @@ def test_package_is_what_the_notebooks_export(tmp_path):
         copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy2
         copy(ROOT/name, tmp_path/name)
     run('nbdev-export', cwd=tmp_path)
-    for p in (ROOT/'simpledeco').glob('*.py'): assert (tmp_path/'simpledeco'/p.name).read_text() == p.read_text(), f'{p.name}: run nbdev-export'
+    for p in (ROOT/'simpledeco').rglob('*.py'): assert (tmp_path/p.relative_to(ROOT)).read_text() == p.read_text(), f'{p.name}: run nbdev-export'
 
 
 def test_readme_is_the_index_notebook():
@@ -40,38 +42,50 @@ def test_pipeline_notebooks_are_thin_and_without_outputs(path):
     for c in nbformat.read(path, 4).cells: assert not c.get('outputs'), 'clear the outputs before committing'
     tree = ast.parse('\n'.join(sources(path)))
     assert not [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))], 'pipeline notebooks define nothing'
-
-
-@pytest.mark.parametrize('path', PIPELINE, ids=lambda p: p.stem)
-def test_stage_passes_every_parameter_of_its_notebook(path):
-    cell, = [c for c in nbformat.read(path, 4).cells if 'parameters' in c.metadata.get('tags', [])]
-    wanted = {n.targets[0].id for n in ast.parse(cell.source).body}
-    stage = STAGES[path.stem]
-    command = next(c for c in stage['cmd'] if c.startswith('papermill'))
-    passed = dict(re.findall(r'-p (\w+) "?\$\{(\w+)\}', command))
-    assert set(passed) == wanted and all(k == v for k,v in passed.items())
-    assert wanted == set(stage['params']), 'DVC must watch what the notebook reads'
+    long = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Lambda) and len(ast.unparse(n)) > 180]
+    assert not long, f'science in a lambda: {long}'
 
 
 def test_parameters_and_profiles_are_known():
     params = check_params(load_params(ROOT), list(CORPORA))
-    assert set(params) == {p for s in STAGES.values() for p in s.get('params', [])}
-    for name in ('embedded', 'full', 'smoke', 'hub'): load_profile(name, ROOT)
+    read = {x for path in PIPELINE for x in parameters(path)} - {'profile'}
+    watched = {x for s in STAGES.values() for x in s.get('do', s).get('params', [])}
+    assert read <= watched and watched == set(params) - {'profiles'}
+    for name in ('embedded', 'full', 'smoke', 'smoke-other', 'hub'): load_profile(name, ROOT)
 
 
-def test_stages_depend_on_the_modules_that_they_import():
-    for path in PIPELINE:
-        imported = set(re.findall(r'from simpledeco\.(\w+) import', '\n'.join(sources(path))))
-        watched = set(re.findall(r'simpledeco/(\w+)\.py', ' '.join(STAGES[path.stem]['deps'])))
-        assert imported - watched <= {'settings', 'model', 'data', 'prescan', 'buckets', 'loss', 'head'}, path.stem
+def test_every_stage_watches_the_modules_that_it_uses(): check_pipeline(ROOT)
+
+
+def test_the_method_never_imports_the_study():
+    graph = import_graph(ROOT)
+    of_study = lambda m: m.startswith('simpledeco.study')
+    assert not [(m, n) for m,needs in graph.items() if not of_study(m) for n in needs if of_study(n)]
+    for m in graph: assert m not in reached(graph, graph[m]), f'{m} is in a circle of imports'
+    assert 'simpledeco.conversations' not in reached(graph, ['simpledeco.head'])
+
+
+def test_a_head_can_be_imported_alone():
+    "Neither corpora nor the reader of settings, nor the library of data sets"
+    code = 'import sys, simpledeco.head; print([m for m in sys.modules if m in ("datasets", "reasoning_gym", "simpledeco.conversations") or m.startswith("simpledeco.study")])'
+    assert run('python', '-c', code, cwd=ROOT).stdout.strip() == '[]'
+
+
+def test_no_private_name_crosses_a_module():
+    for f in (ROOT/'simpledeco').rglob('*.py'):
+        private = [a.name for n in ast.walk(ast.parse(f.read_text(encoding='utf-8'))) if isinstance(n, ast.ImportFrom) for a in n.names if a.name.startswith('_') and not a.name.startswith('__')]
+        assert not private, f'{f.name} imports {private}'
 
 
 def test_every_number_of_the_paper_was_produced_by_a_stage():
     made = (ROOT/'paper/numbers.tex').read_text()
-    assert made == numbers_tex(ROOT/'paper', read_metrics(ROOT/'metrics')), 'run `dvc repro`'
+    assert made == numbers_tex(ROOT/'paper', all_numbers(ROOT)), 'run `dvc repro`'
     lines = [l for l in made.splitlines() if l.startswith(r'\defnumber')]
     assert len(lines) == len(used_numbers(ROOT/'paper')) > 20
-    for line in lines: assert (ROOT/re.fullmatch(r'.* % (metrics/\w+\.json)', line)[1]).exists()
+    for line in lines: assert (ROOT/re.fullmatch(r'.* % (results/[\w-]+/\w+\.json)', line)[1]).exists()
+
+
+def test_the_long_results_are_those_of_their_run(): check_stamp(ROOT/'results/full')
 
 
 def test_the_paper_types_no_results_by_hand():

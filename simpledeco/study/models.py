@@ -41,10 +41,10 @@ def _from_gguf(path):
     return model, tokenizer
 
 # %% ../../nbs/41_models.ipynb #ae83098e
-def _tiny_llama(path, steps=300, block=128):
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+def _tiny_llama(path, tokenizer=None, hidden_size=32, steps=300, block=128):
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     set_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=2048, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
     texts = [tokenizer.apply_chat_template(x['messages'], tokenize=False) for name in CORPORA for x in make_corpus(name)[:50]]
     ids, optimizer = torch.tensor(tokenizer(''.join(texts)).input_ids), torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -55,9 +55,17 @@ def _tiny_llama(path, steps=300, block=128):
     model.lm_head.weight.data *= 1.5
     return model, tokenizer
 
+# %% ../../nbs/41_models.ipynb #other-vocabulary
+def _other_tiny(path, size=3000):
+    "A tiny Llama with another vocabulary and wider hidden states"
+    like = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    texts = [t['content'] for name in CORPORA for x in make_corpus(name)[:50] for t in x['messages']]
+    tokenizer = like.train_new_from_iterator(texts, size, show_progress=False)
+    return _tiny_llama(path, tokenizer, hidden_size=48)
+
 # %% ../../nbs/41_models.ipynb #6aca8219
 def build_model(
-    spec:str, # package:MODULE/FILE, tiny:MODULE/FILE, or NAME@REVISION of the hub, or a local folder
+    spec:str, # package:MODULE/FILE, tiny: or other:MODULE/FILE, or NAME@REVISION of the hub, or a local folder
     out:str|Path, # folder to write
     sha256:str='', # expected hash of the packaged file
 )->Path: # the folder
@@ -65,7 +73,7 @@ def build_model(
     out = Path(out)
     if (out/'config.json').exists(): return out
     kind, _, where = spec.partition(':')
-    makers = dict(package=_from_gguf, tiny=_tiny_llama)
+    makers = dict(package=_from_gguf, tiny=_tiny_llama, other=_other_tiny)
     model, tokenizer = makers[kind](package_file(where, sha256)) if kind in makers else _from_hub(spec)
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix='.tmp-'))

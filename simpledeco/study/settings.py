@@ -5,7 +5,7 @@ is for, and why a typing error in one costs seconds and not hours."""
 
 # %% auto #0
 __all__ = ['PROFILE_KEYS', 'PARAM_KEYS', 'project_root', 'load_profile', 'families', 'corpus_sources', 'check_params',
-           'load_params']
+           'load_params', 'check_profiles']
 
 # %% ../../nbs/40_settings.ipynb #study-settings-imports
 import configparser
@@ -82,7 +82,7 @@ def corpus_sources(
     return dict(ini['corpora']) if 'corpora' in ini else {}
 
 # %% ../../nbs/40_settings.ipynb #c08ac461
-PARAM_KEYS = dict(profile=str, min_p=float, risk=float, answer_risk=float, scale=float, width=int, reads=str, steps=int, lr=float, seed=int, train_corpora=str, bootstrap=int)
+PARAM_KEYS = dict(profiles=list, min_p=float, risk=float, answer_risk=float, scale=float, width=int, reads=str, steps=int, lr=float, seed=int, train_corpora=str, bootstrap=int)
 
 # %% ../../nbs/40_settings.ipynb #476404ef
 def check_params(
@@ -119,3 +119,15 @@ def load_params(
     except yaml.YAMLError as e: raise ValueError(f'params.yaml cannot be read: {" ".join(str(e).split())}') from None
     if not isinstance(params, dict): raise ValueError(f'params.yaml holds {params!r}, not lines of the form `name: value`')
     return params
+
+# %% ../../nbs/40_settings.ipynb #check-profiles
+def check_profiles(
+    params:dict, # the content of params.yaml
+    root:str|Path|None=None, # the project; by default the one around the current folder
+)->list: # the profiles
+    "The profiles that the pipeline runs, side by side. Raises `ValueError` when there are none, or two of one name"
+    names = params.get('profiles')
+    if not isinstance(names, list) or not names: raise ValueError(f'params.yaml: profiles is {names!r}: it must be a list of sections of settings.ini')
+    twice = sorted({x for x in names if names.count(x) > 1})
+    if twice: raise ValueError(f'params.yaml: profiles names {", ".join(map(str, twice))} twice, and the second would overwrite the results of the first')
+    return [load_profile(x, root) for x in names]
