@@ -25,7 +25,7 @@ def read_metrics(
     folder:Path, # metrics/
 )->dict: # {'train.ours.seconds': value, ...}, keys start with the name of the file
     "All metrics, flat"
-    return {k: v for p in sorted(Path(folder).glob('*.json')) for k,v in flatten(json.loads(p.read_text()), p.stem).items()}
+    return {k: v for p in sorted(Path(folder).glob('*.json')) for k,v in flatten(json.loads(p.read_text(encoding='utf-8')), p.stem).items()}
 
 # %% ../../nbs/18_paper.ipynb #c76c61c2
 def show_number(
@@ -43,7 +43,7 @@ def used_numbers(
     paper:Path, # folder with main.tex and sections/
 )->list: # sorted (macro, key) pairs
     "What the paper asks for"
-    text = '\n'.join(p.read_text() for p in sorted([Path(paper)/'main.tex', *(Path(paper)/'sections').glob('*.tex')]))
+    text = '\n'.join(p.read_text(encoding='utf-8') for p in sorted([Path(paper)/'main.tex', *(Path(paper)/'sections').glob('*.tex')]))
     return sorted(set(re.findall(r'\\(num|pct)\{([^}#]+)\}', text)))
 
 # %% ../../nbs/18_paper.ipynb #6b2c8a6c
@@ -115,7 +115,9 @@ if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     parser.add_argument('notebooks', nargs='*', help='executed notebooks')
     parser.add_argument('--readme', nargs=2, metavar=('NOTEBOOK', 'README'), help='write a README from a notebook')
     args = parser.parse_args()
-    for path in map(Path, args.notebooks): path.write_text(json.dumps(normalise(json.loads(path.read_text())), indent=1, sort_keys=True, ensure_ascii=False) + '\n')
+    for path in map(Path, args.notebooks):
+        plain = normalise(json.loads(path.read_text(encoding='utf-8')))
+        path.write_text(json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
     if args.readme:
         import nbformat # a slow import that a stage of the pipeline can do without
-        Path(args.readme[1]).write_text(readme(nbformat.read(args.readme[0], 4)))
+        Path(args.readme[1]).write_text(readme(nbformat.read(args.readme[0], 4)), encoding='utf-8')
