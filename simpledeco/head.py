@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from .checks import check_file, check_fraction
-from .files import sweep, write_whole
+from .files import checksum, sweep, write_whole
 from .logits import nucleus_gap
 from .model import fingerprint
 
@@ -146,6 +146,12 @@ def _check_sizes(cls, config, path):
     with safe_open(check_file(path), 'pt') as f: found = {k: list(f.get_slice(k).get_shape()) for k in f.keys()}
     if found != wanted: raise ValueError(f'{path} is damaged or not a head of this form: config.json asks for {wanted}, it has {found}: copy or train it again')
 
+def _check_sums(head, path):
+    "Raise `ValueError` for weights that are not as they were written"
+    with safe_open(path, 'pt') as f: said = (f.metadata() or {}).get('crc32')
+    if said is not None and said != json.dumps({k: checksum(v) for k,v in sorted(head.state_dict().items())}):
+        raise ValueError(f'{path} is damaged (its weights are not as they were written): copy or train it again')
+
 def _check_weights(head, path):
     "Raise `ValueError` for weights that are not numbers, or inputs that would be divided by nothing"
     bad = [k for k,v in head.state_dict().items() if not torch.isfinite(v).all()]
@@ -162,7 +168,9 @@ def _from_pretrained(cls:TemperatureHead, *, model_id, revision, cache_dir, forc
     path = Path(model_id)/SAFETENSORS_SINGLE_FILE if Path(model_id).is_dir() else hf_hub_download(model_id, SAFETENSORS_SINGLE_FILE, **where)
     try:
         _check_sizes(cls, config, path)
-        return _check_weights(cls._load_as_safetensor(cls(**config), str(path), map_location, True), path)
+        head = cls._load_as_safetensor(cls(**config), str(path), map_location, True)
+        _check_sums(head, path)
+        return _check_weights(head, path)
     except (SafetensorError, OSError, RuntimeError) as e:
         raise ValueError(f'{path} is damaged or not a head of this form: copy or train it again ({str(e).splitlines()[0]})') from e
 
@@ -183,7 +191,9 @@ def _save_pretrained(self:TemperatureHead, folder):
     "Weights and model card; the mixin adds config.json"
     _check_weights(self, folder)
     sweep(Path(folder))
-    write_whole(Path(folder)/SAFETENSORS_SINGLE_FILE, lambda tmp: tmp.write_bytes(save(self.state_dict(), dict(format='pt'))))
+    state = self.state_dict()
+    sums = json.dumps({k: checksum(v) for k,v in sorted(state.items())})
+    write_whole(Path(folder)/SAFETENSORS_SINGLE_FILE, lambda tmp: tmp.write_bytes(save(state, dict(crc32=sums))))
     self._hub_mixin_config['record'] = self.record
     self.generate_model_card().save(folder/'README.md')
 

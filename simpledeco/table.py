@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .checks import check_file
-from .files import write_whole
+from .files import checksum, write_whole
 from .logits import POWERS, TOP_K
 
 # %% ../nbs/23_table.ipynb #table-schema
@@ -54,8 +54,6 @@ def _is_info(x):
     return bool(named and x['examples'] and min(x['hidden_size'], x['vocab_size'], x['shard_examples']) > 0)
 
 # %% ../nbs/23_table.ipynb #928ead68
-def _checksum(x): return zlib.crc32(x.contiguous().view(torch.uint8).numpy())
-
 def _mark(info): return zlib.crc32(json.dumps(info).encode())
 
 def _columns(tensors): return {k: [str(v.dtype), list(v.shape[1:])] for k,v in tensors.items()}
@@ -83,7 +81,7 @@ def write_shard(
         raise ValueError(f'the model gives {({k: v for k,v in has.items() if v != want.get(k)})}, a table has {want}: this model cannot be scanned')
     for name,x in columns.items():
         if said := _fault(name, x, _examples(part, info)): raise ValueError(f'{name} {said}: load the model in float32 or bfloat16, or drop the examples of {path.name}')
-    said = json.dumps(dict(table=_mark(info), part=part, crc32={k: _checksum(v) for k,v in sorted(columns.items())}))
+    said = json.dumps(dict(table=_mark(info), part=part, crc32={k: checksum(v) for k,v in sorted(columns.items())}))
     write_whole(path, lambda tmp: save_file(columns, tmp, metadata=dict(shard=said))) # one entry: safetensors orders several by chance
 
 # %% ../nbs/23_table.ipynb #table-examples
@@ -136,7 +134,7 @@ def _column(self:TokenTable, i, name):
     "A column of a shard, checked when it is first read"
     x = self.shards[i][name]
     if (i, name) not in self._checked:
-        said = 'is not as it was written' if _checksum(x) != self._sums[i].get(name) else _fault(name, x, _examples(i, self.info))
+        said = 'is not as it was written' if checksum(x) != self._sums[i].get(name) else _fault(name, x, _examples(i, self.info))
         if said: raise ValueError(f'shard {self._paths()[i]} is corrupt ({name} {said}): {AGAIN}')
         self._checked.add((i, name))
     return x
