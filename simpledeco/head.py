@@ -45,10 +45,10 @@ def logit_features(
 def _check_arguments(hidden_size, width, base_model, t_min, t_max, record):
     "Raise `ValueError` for what is no head"
     whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
-    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= 1e6
     if not (whole(hidden_size) and 0 < hidden_size <= 2**20): raise ValueError(f'hidden_size is {hidden_size!r}: it must be a whole number from 1 to {2**20:,}')
     if not (whole(width) and 0 <= width <= 2**20): raise ValueError(f'width is {width!r}: it must be a whole number from 0 to {2**20:,}')
-    if not (number(t_min) and number(t_max) and 0 < t_min < t_max): raise ValueError(f't_min is {t_min!r} and t_max {t_max!r}: 0 < t_min < t_max must hold')
+    if not (number(t_min) and number(t_max) and 0 < t_min < t_max): raise ValueError(f't_min is {t_min!r} and t_max {t_max!r}: 0 < t_min < t_max <= 1,000,000 must hold')
     if not isinstance(base_model, str) or not isinstance(record, dict | None): raise ValueError(f'base_model is {base_model!r} and record {record!r}: a text and a dict are needed')
 
 # %% ../nbs/02_head.ipynb #f3a7c7eb

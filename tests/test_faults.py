@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from simpledeco.contract import calibrate, coverage
 from simpledeco.study.data import load_examples
 from simpledeco.head import TemperatureHead
-from simpledeco.files import checksum, write_whole
+from simpledeco.files import checksum
 from simpledeco.model import fingerprint, load_model
 from simpledeco.study.models import build_model
 from simpledeco.scan import scan
