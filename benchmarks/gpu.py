@@ -1,23 +1,30 @@
 """Pre-scan, training, decoding and a small frontier on a GPU, in bfloat16. Run: python benchmarks/gpu.py
 
-Two models: SmolLM2, with the text of the embedded profile; and one of Llama-3-8B's shape with random weights, made on the spot, for the
-figures that do not depend on weights. It reads text that it has written itself, so that its true tokens are among its likely ones, as in
-real text. Where models/embedded is missing, SmolLM2 is a random model of its shape too, and there is no frontier.
+Two models: SmolLM2, with the text of the embedded profile; and one of Llama-3-8B's shape with random weights, made
+on the spot, for the figures that do not depend on weights. It reads text that it has written itself, so that its true
+tokens are among its likely ones, as in real text. Where models/embedded is missing, SmolLM2 is a random model of its
+shape too, and there is no frontier.
 
-Whatever is compared takes turns, batch by batch or step by step, and every clock waits for the GPU. The results, benchmarks/gpu.json, are
-written after each measurement, so that a run which is cut off keeps what it has; --only MODEL adds one model to a file that holds the
-other. To try the script without a GPU: python benchmarks/gpu.py --device cpu --tiny --out FILE
+Whatever is compared takes turns, batch by batch or step by step, and every clock waits for the GPU. The results,
+benchmarks/gpu.json, are written after each measurement, so that a run which is cut off keeps what it has; --only MODEL
+adds one model to a file that holds the other. To try the script without a GPU:
+
+    python benchmarks/gpu.py --device cpu --tiny --out FILE
 """
 import argparse, json, os, subprocess, sys, tempfile, time, traceback
+from contextlib import nullcontext
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch, transformers
 from run import ROOT, compared, turns
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessorList, TemperatureLogitsWarper
 
+from simpledeco import logits
 from simpledeco.conversations import encoder
 from simpledeco.decode import attach, sampling
 from simpledeco.head import TemperatureHead
@@ -32,17 +39,21 @@ from simpledeco.study.texts import collect, judged, left_out, Points, test_promp
 from simpledeco.train import fit
 
 SMOLLM2, LLAMA = 'SmolLM2-135M', 'Llama-3-8B'
-SHAPES = {SMOLLM2: dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True),
-          LLAMA: dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                      num_key_value_heads=8, max_position_embeddings=8192)}
-TINY = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-# conversations of a random model, with so many tokens asked and answered; examples of each corpus and split for a real one
+SHAPES = {SMOLLM2: dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True),
+          LLAMA: dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                      num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)}
+TINY = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1)
+# conversations of a random model, with so many tokens asked and answered; examples of each corpus and split for a real one;
+# so many pairs of batches; the sizes of batches to decode with, and how often each
 SIZES = dict(conversations=255, asked=128, answered=512, examples=80, batch_tokens=32768, rounds=10, steps=1500,
              batches=(1, 16, 64, 256), calls=3)
-SMALL = dict(conversations=24, asked=8, answered=16, examples=2, batch_tokens=512, rounds=2, steps=20, batches=(1, 2), calls=1)
+SMALL = dict(conversations=24, asked=8, answered=16, examples=2, batch_tokens=512, rounds=2, steps=20,
+             batches=(1, 2), calls=1)
 HEADS = dict(logits=128, hidden=0) # what a head reads: its width
-T, SKIP, STEPS = .7, 4, 60 # the static temperature; steps before the first that counts, and how many count: both are multiples of four
+BLOCK = 1024 # rows; 16 suit the cache of a CPU, and that is what the package does
+T, SKIP, STEPS = .7, 4, 60 # the static temperature; steps before the first that counts, and how many count: multiples of four
 FRONTIER = ('greedy', 'T = 0.3', 'T = 0.7', 'T = 1', 'T = 1.5') # the constants, all with min-p
 
 
@@ -62,7 +73,8 @@ def gigabytes(device, work):
 def random_model(shape, device):
     "A Llama of that shape, made on the device in bfloat16"
     torch.manual_seed(0)
-    with torch.device(device): model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+    config = LlamaConfig(**shape)
+    with torch.device(device): model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.eval().requires_grad_(False)
 
 
@@ -75,8 +87,8 @@ def forced(model, ids, new, **options):
 def written(m):
     "Conversations that a random model wrote itself, each token among the 64 likeliest"
     ids = torch.randint(3, m.model.config.vocab_size, (m.conversations, m.asked), device=m.device)
-    texts, where = forced(m.model, ids, m.answered, top_k=64).tolist(), list(range(m.asked, m.asked + m.answered))
-    same = dict(corpus='own', split='train', messages=[], where=where)
+    texts = forced(m.model, ids, m.answered, top_k=64).tolist()
+    same = dict(corpus='own', split='train', messages=[], where=list(range(m.asked, m.asked + m.answered)))
     return [dict(same, id=str(i), group=str(i), ids=text) for i,text in enumerate(texts)]
 
 
@@ -85,26 +97,34 @@ def bare(model, encoded, device):
     "Hidden states and output embedding on the same batch: what no scan can avoid"
     width = max(len(ids) for ids,_ in encoded)
     ids, mask = torch.zeros(2, len(encoded), width, dtype=torch.long)
-    for row,(tokens,_) in enumerate(encoded): ids[row, :len(tokens)] = torch.tensor(tokens); mask[row, :len(tokens)] = 1
+    for row,(tokens,_) in enumerate(encoded):
+        ids[row, :len(tokens)] = torch.tensor(tokens); mask[row, :len(tokens)] = 1
     r = torch.tensor([row for row,(_,where) in enumerate(encoded) for _ in where], device=device)
     c = torch.tensor([i for _,where in encoded for i in where], device=device)
     hidden = model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
     return model.get_output_embeddings()(hidden[r, c-1])
 
 
-def prescan(m):
-    "A batch of the scan against the bare forward pass"
+def batches_of(m):
+    "Some batches of the scan, of all lengths, as (ids, positions of responses) pairs"
     to_ids = encoder(m.model, m.tokenizer, None)
     encoded = [to_ids(x) for x in m.examples]
-    batches = [[encoded[i] for i in b] for b in _batches(encoded, m.batch_tokens)]
-    used = [batches[i*len(batches)//m.rounds] for i in range(m.rounds)] # of all lengths
-    plain, ours = (lambda i: bare(m.model, used[i], m.device)), (lambda i: _scan_batch(m.model, used[i], range(len(used[i]))))
-    memory = dict(bare_gigabytes=gigabytes(m.device, lambda: plain(0)), scan_gigabytes=gigabytes(m.device, lambda: ours(0)))
-    speed, bare_seconds, scan_seconds = compared(turns(plain, ours, m.rounds, clock=lambda: clock(m.device)))
-    tokens = sum(len(ids) for b in used for ids,_ in b)
+    batches = _batches(encoded, m.batch_tokens)
+    return [[encoded[k] for k in batches[i*len(batches)//m.rounds]] for i in range(m.rounds)]
+
+
+def prescan(m, block=None):
+    "A batch of the scan, with its statistics taken of `block` rows at a time, against the bare forward pass"
+    used = batches_of(m)
+    plain, ours = lambda i: bare(m.model, used[i], m.device), lambda i: _scan_batch(m.model, used[i], range(len(used[i])))
+    with patch.object(logits, '_partition', partial(logits._partition, rows=block)) if block else nullcontext():
+        memory = dict(bare_gigabytes=gigabytes(m.device, lambda: plain(0)), scan_gigabytes=gigabytes(m.device, lambda: ours(0)))
+        speed, of_bare, of_scan = compared(turns(plain, ours, m.rounds, clock=lambda: clock(m.device)))
+    tokens, responses = (sum(len(x[k]) for b in used for x in b) for k in (0, 1))
     padded = sum(len(b)*max(len(ids) for ids,_ in b) for b in used)
-    return speed | memory | dict(bare_tokens_per_second=tokens/bare_seconds, scan_tokens_per_second=tokens/scan_seconds,
-        batch_tokens=m.batch_tokens, share_of_padding=1 - tokens/padded, share_of_responses=sum(len(w) for b in used for _,w in b)/tokens)
+    shares = dict(share_of_padding=1 - tokens/padded, share_of_responses=responses/tokens)
+    speeds = dict(bare_tokens_per_second=tokens/of_bare, scan_tokens_per_second=tokens/of_scan)
+    return speed | speeds | memory | shares | dict(batch_tokens=m.batch_tokens)
 
 
 def whole_scan(m):
@@ -113,7 +133,8 @@ def whole_scan(m):
     m.table = scan(m.model, m.tokenizer, m.examples, m.folder/'table', m.batch_tokens, 256, progress=False)
     seconds, tokens = clock(m.device) - start, m.table.info['tokens']
     size = sum(f.stat().st_size for f in m.table.path.iterdir())
-    return dict(seconds=seconds, tokens=tokens, tokens_per_second=tokens/seconds, rows=len(m.table), table_gigabytes=size/1e9)
+    return dict(seconds=seconds, tokens=tokens, tokens_per_second=tokens/seconds, rows=len(m.table),
+                table_gigabytes=size/1e9)
 
 
 def training(m, reads):
@@ -140,7 +161,7 @@ def heads_turn(seen):
 
 
 def decoding(m, reads, batch):
-    "Steps of `generate` with a head over those with a static temperature and the same min-p; the two take turns in one text"
+    "Steps of `generate` with a head over those with a static temperature and the same min-p, in turns in one text"
     size = m.model.config.hidden_size
     head = TemperatureHead(size, reads=reads, width=HEADS[reads], base_model=fingerprint(m.model)).eval()
     attachment, seen, static = attach(m.model, head), [], TemperatureLogitsWarper(T)
@@ -165,8 +186,8 @@ def of_steps(times, batch):
     pairs = np.concatenate([times[:, [1, 0]], times[:, [2, 3]]]) # static, head
     static, head = np.median(pairs, 0).tolist()
     cost = float(np.median(pairs[:, 1] - pairs[:, 0]))
-    return compared(pairs)[0] | dict(head_milliseconds=1000*head, static_milliseconds=1000*static, cost_milliseconds=1000*cost,
-                                     head_tokens_per_second=batch/head)
+    milliseconds = dict(head_milliseconds=1000*head, static_milliseconds=1000*static, cost_milliseconds=1000*cost)
+    return compared(pairs)[0] | milliseconds | dict(head_tokens_per_second=batch/head)
 
 
 def answered(m):
@@ -179,15 +200,15 @@ def answered(m):
     wrote = clock(m.device)
     table = scan(m.model, m.tokenizer, examples, m.folder/'answers', m.batch_tokens, 256, progress=False)
     scanned, plan = clock(m.device), training_plan(p, dict.fromkeys(x['corpus'] for x in examples))
-    train = lambda mix: fit_answers(table, examples, plan[mix], min_p=params['min_p'], risk=params['answer_risk'], steps=m.steps)
-    heads = {mix: train(mix).to(m.device) for mix in sorted(set(left_out(p).values()))}
+    how = dict(min_p=params['min_p'], risk=params['answer_risk'], steps=m.steps)
+    heads = {mix: fit_answers(table, examples, plan[mix], **how).to(m.device) for mix in sorted(set(left_out(p).values()))}
     right = float(np.mean([x['right'] for x in examples if x['answer']]))
     return heads, dict(answers=len(examples), answer_tokens=len(table), right=right, sampling_seconds=wrote - start,
                        scan_seconds=scanned - wrote, training_seconds_a_head=(clock(m.device) - scanned)/len(heads))
 
 
 def frontier(m):
-    "Accuracy on questions and variety on open prompts: constants with min-p, EDT, and heads that have not seen the family of the question"
+    "Accuracy on questions and variety on open prompts: constants with min-p, EDT, and heads that have not seen the family"
     heads, costs = answered(m)
     p, params, primary = m.profile, load_params(m.profile.root), m.profile.primary.split()
     (questions, opens), who, answers = test_prompts(p, 'test', primary), left_out(p), {}
@@ -195,23 +216,36 @@ def frontier(m):
     for corpus in (*primary, p.open):
         c = Texts(params['min_p'], params['answer_risk'], params['scale'], who[corpus], heads)
         asked, length = (opens, p.open_test_tokens) if corpus == p.open else (questions[corpus], p.answer_tokens)
-        collect(answers, corpus, asked, {d: DECODERS[d].live(c) for d in names}, m.model, m.tokenizer, p.samples, length)
-    seconds = clock(m.device) - start
-    flat = [a for by in answers.values() for seeds in by.values() for prompts in seeds for group in prompts for a in group]
-    tokens = sum(len(a.tokens) for a in flat)
-    points = Points(judged(answers, questions, m.tokenizer), {d: variety(answers[p.open][d]) for d in names}, FRONTIER)
-    decoders = {d: points.alone(d, primary) | ({} if d in FRONTIER else dict(excess=points.excess(d, primary))) for d in names}
-    return costs | dict(questions=sum(map(len, questions.values())), opens=len(opens), samples=p.samples, scale=params['scale'],
-                        risk=params['answer_risk'], sampled_tokens=tokens, sampled_tokens_per_second=tokens/seconds, decoders=decoders)
+        rules = {d: DECODERS[d].live(c) for d in names}
+        collect(answers, corpus, asked, rules, m.model, m.tokenizer, p.samples, length)
+    seconds, tokens = clock(m.device) - start, sum(map(tokens_in, answers.values()))
+    right, varieties = judged(answers, questions, m.tokenizer), {d: variety(answers[p.open][d]) for d in names}
+    sizes = dict(questions=sum(map(len, questions.values())), opens=len(opens), samples=p.samples)
+    speed = dict(sampled_tokens=tokens, sampled_tokens_per_second=tokens/seconds)
+    setting = dict(scale=params['scale'], risk=params['answer_risk'])
+    return costs | sizes | speed | setting | dict(decoders=placed(Points(right, varieties, FRONTIER), names, primary))
+
+
+def tokens_in(answers):
+    "The number of tokens in the answers to the prompts of one corpus, of all decoders"
+    return sum(len(a.tokens) for seeds in answers.values() for prompts in seeds for group in prompts for a in group)
+
+
+def placed(points, names, corpora):
+    "Where each decoder lies, and how far above the frontier of the constants"
+    above = lambda d: {} if d in FRONTIER else dict(excess=points.excess(d, corpora))
+    return {d: points.alone(d, corpora) | above(d) for d in names}
 
 
 def subject(name, o, folder):
     "A model and what it reads"
     here = ROOT/'models'/o.profile
-    m = SimpleNamespace(name=name, device=o.device, folder=Path(folder), profile=load_profile(o.profile, ROOT), **(SMALL if o.tiny else SIZES))
+    m = SimpleNamespace(device=o.device, folder=Path(folder), profile=load_profile(o.profile, ROOT), **(SMALL if o.tiny else SIZES))
     if name == SMOLLM2 and (here/'config.json').exists():
-        m.weights, m.mix, m.profile.max_examples = 'real', load_params(ROOT)['train_corpora'].split(), m.examples
-        (m.model, m.tokenizer), m.examples = load_model(here, 'bfloat16', o.device), profile_examples(m.profile)
+        m.weights, m.mix = 'real', load_params(ROOT)['train_corpora'].split()
+        m.model, m.tokenizer = load_model(here, 'bfloat16', o.device)
+        m.profile.max_examples = m.examples
+        m.examples = profile_examples(m.profile)
     else:
         m.weights, m.mix, m.tokenizer = 'random', None, SimpleNamespace(eos_token_id=2)
         m.model = random_model(TINY if o.tiny else SHAPES[name], o.device)
@@ -223,16 +257,18 @@ def about(m, o):
     "Where and with what the figures of a model were measured"
     card = dict(card='none: cpu')
     if o.device != 'cpu':
-        card = dict(card=torch.cuda.get_device_name(), card_gigabytes=torch.cuda.get_device_properties(o.device).total_memory/1e9)
+        properties = torch.cuda.get_device_properties(o.device)
+        card = dict(card=properties.name, card_gigabytes=properties.total_memory/1e9)
+    versions = dict(torch_version=torch.__version__, transformers_version=transformers.__version__, commit=o.commit)
     now = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    return card | dict(cores=os.cpu_count(), torch_version=torch.__version__, transformers_version=transformers.__version__, date=now,
-                       commit=o.commit, tiny=o.tiny, weights=m.weights, dtype='bfloat16', parameters=m.model.num_parameters(),
-                       vocabulary=m.model.config.vocab_size)
+    what = dict(weights=m.weights, dtype='bfloat16', parameters=m.model.num_parameters(), vocabulary=m.model.config.vocab_size)
+    return card | dict(cores=os.cpu_count(), date=now, tiny=o.tiny) | versions | what
 
 
 def measurements(m):
     "(name, function), the most wanted first, should the time run out"
     yield 'pre-scan / bare forward', lambda: prescan(m)
+    yield f'pre-scan in blocks of {BLOCK:,} rows / bare forward', lambda: prescan(m, BLOCK)
     for batch in m.batches:
         for reads in HEADS: yield f'decoding, {reads}, batch {batch}', lambda: decoding(m, reads, batch)
     yield 'whole scan', lambda: whole_scan(m)
@@ -256,8 +292,13 @@ def measure(name, o, results):
         for what,work in measurements(m):
             found |= {what: tried(work), 'seconds': time.perf_counter() - start}
             o.out.write_text(json.dumps(results, indent=1) + '\n')
-            shown = [f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in found[what].items() if not isinstance(v, dict)]
-            print(f'{found["seconds"]:5.0f} s  {name}, {what}:', '  '.join(shown), flush=True)
+            print(f'{found["seconds"]:5.0f} s  {name}, {what}: {line(found[what])}', flush=True)
+
+
+def line(result):
+    "The figures of one measurement, but for those of single decoders"
+    plain = {k: v for k,v in result.items() if not isinstance(v, dict)}
+    return '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in plain.items())
 
 
 def main(o):
@@ -273,7 +314,7 @@ def options(args=None):
     parser.add_argument('--device', default='cuda', help='a torch device')
     parser.add_argument('--tiny', action='store_true', help='tiny models and a few steps, to try the script')
     parser.add_argument('--only', nargs='+', choices=list(SHAPES), default=list(SHAPES), help='the models to measure')
-    parser.add_argument('--profile', default='embedded', help="a section of settings.ini: SmolLM2's folder in models/, its texts and prompts")
+    parser.add_argument('--profile', default='embedded', help="a section of settings.ini: SmolLM2's folder, texts and prompts")
     parser.add_argument('--out', type=Path, default=Path(__file__).parent/'gpu.json', help='the file to write, or to add to')
     parser.add_argument('--commit', help='the commit that is measured, where git cannot say it')
     o = parser.parse_args(args)
@@ -285,7 +326,8 @@ def options(args=None):
 
 def commit():
     "The commit of the project; None where there is no git"
-    try: return subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    ask = ['git', 'rev-parse', 'HEAD']
+    try: return subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError: return None
 
 
