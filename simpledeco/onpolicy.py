@@ -9,6 +9,7 @@ __all__ = ['judge', 'on_policy', 'useful_gap', 'chosen', 'by_corpus', 'fit_answe
 # %% ../nbs/06_onpolicy.ipynb #onpolicy-imports
 import torch
 
+from .conversations import end_tokens, prompt_ids
 from .judge import is_right
 from .loss import minimum_sufficient_hinge
 from .sample import constant, sample
@@ -20,11 +21,21 @@ def judge(
     tokenizer, # of the model that wrote
     prompts:list, # as from profile_prompts
     answers:list, # for each prompt a list of Answer, as from `sample` or from vLLM
-)->list: # examples for `scan`: dicts with id, corpus, split, group, messages, and right and ended (bool)
-    "Answers as conversations, judged by the answer key"
-    texts = [[tokenizer.decode(a.tokens, skip_special_tokens=True) for a in group] for group in answers]
-    return [dict(x, id=f"{x['id']}-{k}", messages=[*x['messages'], dict(role='assistant', content=text)], right=is_right(text, x), ended=a.tokens[-1] == tokenizer.eos_token_id)
-            for x,group,found in zip(prompts, answers, texts) for k,(a,text) in enumerate(zip(group, found))]
+    ends:list, # the tokens at which an answer ends, as from `end_tokens`
+    day=None, # the `date` on which the prompts were read, if the chat template prints it; None: today
+)->list: # examples for `scan`: dicts with id, corpus, split, group, messages, ids, where, and right and ended (bool)
+    "Answers as conversations, judged by the answer key, with the ids that were sampled"
+    read = prompt_ids(tokenizer, [x['messages'] for x in prompts], day)
+    return [_judged(tokenizer, x, k, ids, a.tokens, a.tokens[-1] in ends)
+            for x,ids,group in zip(prompts, read, answers, strict=True) for k,a in enumerate(group)]
+
+# %% ../nbs/06_onpolicy.ipynb #judged-one
+def _judged(tokenizer, prompt, k, read, said, ended):
+    "The k-th answer to a prompt as an example"
+    text = tokenizer.decode(said[:-1] if ended else said, skip_special_tokens=True)
+    messages = [*prompt['messages'], dict(role='assistant', content=text)]
+    where = list(range(len(read), len(read) + len(said)))
+    return dict(prompt, id=f"{prompt['id']}-{k}", messages=messages, ids=[*read, *said], where=where, right=is_right(text, prompt), ended=ended)
 
 # %% ../nbs/06_onpolicy.ipynb #on-policy
 def on_policy(
@@ -38,7 +49,9 @@ def on_policy(
     progress:bool=True, # show a progress bar
 )->list: # examples for `scan`, as from `judge`
     "The model's own answers, judged by the answer key"
-    return judge(tokenizer, prompts, sample(model, tokenizer, [x['messages'] for x in prompts], dict(own=constant(1, min_p=min_p)), n, max_new_tokens, seed, progress=progress)['own'])
+    messages, rules = [x['messages'] for x in prompts], dict(own=constant(1, min_p=min_p))
+    answers = sample(model, tokenizer, messages, rules, n, max_new_tokens, seed, progress=progress)['own']
+    return judge(tokenizer, prompts, answers, end_tokens(model, tokenizer))
 
 # %% ../nbs/06_onpolicy.ipynb #8d8ee5c1
 def useful_gap(
@@ -54,10 +67,10 @@ def chosen(
     table:TokenTable, # pre-scan of `examples`
     examples:list, # as from `on_policy`
 )->torch.Tensor: # [N] bool
-    "The tokens that the model chose: all but the end that closes an answer which was cut off"
+    "The tokens that the model chose: all but the end with which a chat template closes an answer that was cut off and kept as text"
     example = table['example'].long()
     last = torch.cat([example[1:] != example[:-1], torch.tensor([True])])
-    return ~last | torch.tensor([x['ended'] for x in examples])[example]
+    return ~last | torch.tensor([x['ended'] or 'ids' in x for x in examples])[example]
 
 # %% ../nbs/06_onpolicy.ipynb #871b0e88
 def by_corpus(

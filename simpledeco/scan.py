@@ -9,7 +9,7 @@ __all__ = ['scan', 'processes']
 # %% ../nbs/26_scan.ipynb #scan-imports
 import json, zlib
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from .conversations import encoder
+from .conversations import encoder, prints_day
 from .logits import token_statistics
 from .model import fingerprint
 from .files import write_whole
@@ -55,7 +55,7 @@ def _scan_batch(model, encoded, numbers):
 def scan(
     model, # a frozen causal language model
     tokenizer, # with a chat template
-    examples:list, # dicts with id, corpus, split, group, messages
+    examples:list, # dicts with id, corpus, split, group, messages; those from `judge` also have ids and where, which are scanned as they are
     path:str|Path, # folder to write
     batch_tokens:int=2048, # most tokens in a batch, padding included
     shard_examples:int=64, # conversations in a shard
@@ -63,8 +63,10 @@ def scan(
     progress:bool=True, # show a progress bar
 )->TokenTable: # the finished table
     "Run the model once over the examples and keep what decoding needs; resumes after an interruption, and shares the work among the processes of `accelerate launch`"
-    path, me, to_ids = Path(path), processes(), encoder(model, tokenizer, max_tokens)
-    info = _table_info(model, examples, to_ids, batch_tokens, shard_examples, progress and me.is_main_process)
+    path, me = Path(path), processes()
+    day = _day(me, path, tokenizer)
+    to_ids = encoder(model, tokenizer, max_tokens, day)
+    info = _table_info(model, examples, to_ids, batch_tokens, shard_examples, progress and me.is_main_process) | ({} if day is None else dict(day=str(day)))
     with _only_run(path, me, info):
         bar = tqdm(range(me.process_index, -(-len(examples)//shard_examples), me.num_processes), unit='shard', disable=not (progress and me.is_main_process))
         for i in bar:
@@ -80,6 +82,15 @@ def _scan_shard(model, encoded, first, path, batch_tokens):
     order = torch.argsort(columns['example'].long()*(1 << 32) + columns['position'])
     columns = {k: v[order].contiguous() for k,v in columns.items()}
     write_shard(path, columns)
+
+# %% ../nbs/26_scan.ipynb #the-day
+def _day(me, path, tokenizer):
+    "The day that the chat template prints, on all processes: that of the scan in this folder, or else today; None where it prints none"
+    if not prints_day(tokenizer): return None
+    begun = read_info(path).get('day') if (path/'table.json').exists() else None
+    day = [begun or str(date.today())]
+    broadcast_object_list(day)
+    return date.fromisoformat(day[0])
 
 # %% ../nbs/26_scan.ipynb #b55bfdf2
 def _survey(examples, to_ids, progress):

@@ -10,7 +10,7 @@ from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
 from simpledeco.onpolicy import judge
 from simpledeco.sample import constant, sample
-from simpledeco.vllm import PREFIX, serve_dir, write
+from simpledeco.vllm import ends_of, PREFIX, serve_dir, write
 
 vllm = pytest.importorskip('vllm', reason='run `make test-vllm`')
 MODEL = ROOT/'models/embedded'
@@ -129,7 +129,7 @@ def test_answers_are_those_of_the_sampler(reference, base):
     drawn, again = (write(base, tokenizer, talks, 3, 24, seed=5) for _ in range(2))
     assert drawn == again and len({tuple(a.tokens) for group in drawn for a in group}) > len(PROMPTS)
     prompts = [dict(id=str(i), corpus='x', split='train', group=str(i), messages=t, answer=a) for i,(t,a) in enumerate(zip(talks, ('Paris', None, '42', None)))]
-    examples = judge(tokenizer, prompts, drawn)
+    examples = judge(tokenizer, prompts, drawn, ends_of(base, tokenizer))
     assert len(examples) == 12 and all(x['right'] for x in examples[3:6]) and {x['ended'] for x in examples} <= {True, False}
 
 
