@@ -247,7 +247,7 @@ def subject(name, o, folder):
         m.profile.max_examples = m.examples
         m.examples = profile_examples(m.profile)
     else:
-        m.weights, m.mix, m.tokenizer = 'random', None, SimpleNamespace(eos_token_id=2)
+        m.weights, m.mix, m.tokenizer = 'random', None, SimpleNamespace(eos_token_id=2, chat_template=None)
         m.model = random_model(TINY if o.tiny else SHAPES[name], o.device)
         m.examples = written(m)
     return m
