@@ -25,6 +25,7 @@ from run import ROOT, compared, turns
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessorList, TemperatureLogitsWarper
 
 from simpledeco import logits
+from simpledeco.buckets import all_rows, training_rows
 from simpledeco.conversations import encoder
 from simpledeco.decode import attach, sampling
 from simpledeco.head import TemperatureHead
@@ -49,7 +50,7 @@ TINY = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_lay
 # so many pairs of batches; the sizes of batches to decode with, and how often each
 SIZES = dict(conversations=255, asked=128, answered=512, examples=80, batch_tokens=32768, rounds=10, steps=1500,
              batches=(1, 16, 64, 256), calls=3)
-SMALL = dict(conversations=24, asked=8, answered=16, examples=2, batch_tokens=512, rounds=2, steps=20,
+SMALL = dict(conversations=24, asked=8, answered=16, examples=12, batch_tokens=512, rounds=2, steps=20,
              batches=(1, 2), calls=1)
 HEADS = dict(logits=128, hidden=0) # what a head reads: its width
 BLOCK = 1024 # rows; 16 suit the cache of a CPU, and that is what the package does
@@ -139,8 +140,8 @@ def whole_scan(m):
 
 def training(m, reads):
     "A head from the table, on the CPU of that machine: training needs no GPU"
-    start = time.perf_counter()
-    head = fit(m.table, m.mix, reads=reads, width=HEADS[reads], steps=m.steps)
+    start, select = time.perf_counter(), training_rows if m.weights == 'real' else all_rows # a random model is never confident
+    head = fit(m.table, m.mix, reads=reads, width=HEADS[reads], steps=m.steps, select=select)
     out = dict(seconds=time.perf_counter() - start, steps=m.steps, tokens_a_step=1024, width=HEADS[reads],
                parameters=sum(x.numel() for x in head.parameters()), threads=torch.get_num_threads())
     return out | (on_test(head, m.table, m.mix) if m.weights == 'real' else {})
