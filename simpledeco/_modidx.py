@@ -41,6 +41,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'simpledeco.conversations._pieces': ('conversations.html#_pieces', 'simpledeco/conversations.py'),
                                           'simpledeco.conversations.encode': ('conversations.html#encode', 'simpledeco/conversations.py'),
                                           'simpledeco.conversations.encoder': ('conversations.html#encoder', 'simpledeco/conversations.py'),
+                                          'simpledeco.conversations.end_tokens': ( 'conversations.html#end_tokens',
+                                                                                   'simpledeco/conversations.py'),
                                           'simpledeco.conversations.prompt_ids': ( 'conversations.html#prompt_ids',
                                                                                    'simpledeco/conversations.py'),
                                           'simpledeco.conversations.split_of': ( 'conversations.html#split_of',
