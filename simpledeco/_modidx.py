@@ -187,7 +187,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'simpledeco.sample._Writer.pick_block': ('sample.html#_writer.pick_block', 'simpledeco/sample.py'),
                                    'simpledeco.sample._cache': ('sample.html#_cache', 'simpledeco/sample.py'),
                                    'simpledeco.sample._draw': ('sample.html#_draw', 'simpledeco/sample.py'),
-                                   'simpledeco.sample._ends': ('sample.html#_ends', 'simpledeco/sample.py'),
                                    'simpledeco.sample._hash': ('sample.html#_hash', 'simpledeco/sample.py'),
                                    'simpledeco.sample._keys': ('sample.html#_keys', 'simpledeco/sample.py'),
                                    'simpledeco.sample._noise': ('sample.html#_noise', 'simpledeco/sample.py'),

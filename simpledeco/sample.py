@@ -18,8 +18,9 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .conversations import prompt_ids
+from .conversations import end_tokens, prompt_ids
 from .decode import tempered
+from .model import read_output
 
 # %% ../nbs/29_sample.ipynb #step-class
 @dataclass
@@ -160,21 +161,20 @@ class _Together:
 def _cache(model, rows, longest):
     "In place where every layer remembers every position and the model is told the positions"
     def whole(layer): return type(layer) is DynamicLayer or type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= longest
-    told = 'position_ids' in inspect.signature(model.base_model.forward).parameters
+    told = 'position_ids' in inspect.signature(model.forward).parameters
     return (_InPlace if told and all(map(whole, DynamicCache(config=model.config).layers)) else _Together)(model, rows, longest)
 
 # %% ../nbs/29_sample.ipynb #past-name
 def _past_name(model):
     "What the model calls its cache"
     for name in ('past_key_values', 'cache_params'):
-        if name in inspect.signature(model.base_model.forward).parameters: return name
-    raise ValueError(f'{type(model).__name__} takes no cache of transformers: it cannot be sampled here, use `model.generate`')
+        if name in inspect.signature(model.forward).parameters: return name
+    raise ValueError(f'{type(model).__name__} takes no cache of transformers, and `sample` needs one: use `model.generate`')
 
 # %% ../nbs/29_sample.ipynb #5f49f9f1
 def _step(model, ids, past, order=slice(None), **inputs):
-    "Hidden states and logits at the last position, with the rows in another order"
-    hidden = model.base_model(input_ids=ids, use_cache=True, **{_past_name(model): past}, **inputs).last_hidden_state[:, -1][order]
-    return hidden, model.get_output_embeddings()(hidden)
+    "What the output embedding reads at the last position, and the logits, with the rows in another order"
+    return read_output(model, lambda hidden: hidden[:, -1][order], input_ids=ids, use_cache=True, **{_past_name(model): past}, **inputs)[:2]
 
 # %% ../nbs/29_sample.ipynb #223802ae
 class Answer(NamedTuple):
@@ -186,7 +186,7 @@ BLOCK = 16 # rows
 class _Writer:
     def __init__(self, model, encoded, rules, n, max_new_tokens, ends, keys, rows):
         self.model, self.rules, self.n, self.most, device = model, list(rules.items()), n, max_new_tokens, model.device
-        self.copies, self.ends = n*len(rules), torch.tensor(sorted(ends), device=device)
+        self.copies, self.ends = n*len(rules), torch.tensor(ends, device=device)
         self.keys, self.out = torch.tensor(keys, device=device), [[] for _ in range(len(encoded)*self.copies)]
         self.nll, self.states = torch.zeros(len(self.out), device=device), [{} for _ in rules]
         self.cache = _cache(model, rows, max(map(len, encoded)) + max_new_tokens)
@@ -197,14 +197,14 @@ class _Writer:
 @patch
 def pick(self:_Writer, hidden, logits, text, place):
     "The next token of texts that are sorted by rule, and whether they go on"
-    token, which, position = torch.empty_like(text), text//self.n % len(self.rules), len(self.out[int(text[0])])
+    token, which = torch.empty_like(text), text//self.n % len(self.rules)
     position = torch.tensor([len(self.out[t]) for t in text.tolist()], device=text.device)
     key = self.keys[text//self.copies, text % self.n]
-    for k,count in enumerate(which.bincount(minlength=len(self.rules)).tolist()):
-        end = int((which <= k).sum())
-        for a in range(end - count, end, BLOCK):
-            here = slice(a, min(a + BLOCK, end))
-            token[here] = self.pick_block(k, Step(hidden[here], logits[here], text[here], place[here], self.first, self.states[k]), key[here], position[here])
+    for k in which.unique().tolist():
+        for here in (which == k).nonzero()[:, 0].split(BLOCK):
+            here = slice(int(here[0]), int(here[-1]) + 1)
+            step = Step(hidden[here], logits[here], text[here], place[here], self.first, self.states[k])
+            token[here] = self.pick_block(k, step, key[here], position[here])
     for t,new in zip(text.tolist(), token.tolist()): self.out[t].append(new)
     return token, ~torch.isin(token, self.ends) & (position + 1 < self.most)
 
@@ -251,13 +251,6 @@ def advance(self:_Writer):
     where = self.cache.drop(alive)
     self.text, self.token, self.place = (x[where] for x in (self.text, self.token, self.place))
 
-# %% ../nbs/29_sample.ipynb #ends
-def _ends(model, tokenizer):
-    "The tokens that end an answer"
-    ends = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else tokenizer.eos_token_id
-    if ends is None: raise ValueError('neither the model nor the tokenizer has an end token: set tokenizer.eos_token')
-    return set(ends if isinstance(ends, (list, tuple)) else [ends])
-
 # %% ../nbs/29_sample.ipynb #5f037148
 @torch.inference_mode()
 def sample(
@@ -274,7 +267,7 @@ def sample(
     "Sample n answers to each prompt with each rule. Raises `ValueError` for logits that are not numbers and for models without a cache"
     if not prompts or not rules: raise ValueError('there is nothing to sample: prompts and rules must not be empty')
     encoded = prompt_ids(tokenizer, prompts)
-    writer = _Writer(model, encoded, rules, n, max_new_tokens, _ends(model, tokenizer), _keys(encoded, n, seed), rows)
+    writer = _Writer(model, encoded, rules, n, max_new_tokens, end_tokens(model, tokenizer), _keys(encoded, n, seed), rows)
     for i in tqdm(sorted(range(len(encoded)), key=lambda i: -len(encoded[i])), unit='prompt', disable=not progress): writer.begin(i, encoded[i])
     while len(writer.text): writer.advance()
     done = [Answer(t, x/len(t)) for t,x in zip(writer.out, writer.nll.tolist())]
