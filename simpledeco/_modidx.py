@@ -166,7 +166,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'simpledeco.sample._InPlace.grow': ('sample.html#_inplace.grow', 'simpledeco/sample.py'),
                                    'simpledeco.sample._InPlace.inputs': ('sample.html#_inplace.inputs', 'simpledeco/sample.py'),
                                    'simpledeco.sample._InPlace.room': ('sample.html#_inplace.room', 'simpledeco/sample.py'),
-                                   'simpledeco.sample._InPlace.width': ('sample.html#_inplace.width', 'simpledeco/sample.py'),
                                    'simpledeco.sample._Layer': ('sample.html#_layer', 'simpledeco/sample.py'),
                                    'simpledeco.sample._Layer.__init__': ('sample.html#_layer.__init__', 'simpledeco/sample.py'),
                                    'simpledeco.sample._Layer.get_mask_sizes': ('sample.html#_layer.get_mask_sizes', 'simpledeco/sample.py'),

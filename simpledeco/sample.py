@@ -75,7 +75,7 @@ def _keys(encoded, n, seed):
     "A number of 32 bits for each prompt and sample; a prompt that is asked again gets numbers of its own"
     seen, keys = Counter(), []
     for ids in map(tuple, encoded):
-        of = lambda sample: hashlib.sha256(repr((seed, ids, seen[ids], sample)).encode()).digest()[:4]
+        of = lambda sample: hashlib.sha256(repr((int(seed), ids, seen[ids], sample)).encode()).digest()[:4]
         keys.append([int.from_bytes(of(sample), 'big') for sample in range(n)])
         seen[ids] += 1
     return keys
@@ -85,7 +85,7 @@ def _draw(x, key, position):
     "A token for each row of logits [R, V], of those that are not cut"
     row, token = (x > -torch.inf).nonzero(as_tuple=True)
     score, count = x[row, token] + _noise(key[row], position[row], token), row.bincount(minlength=len(x))
-    if not (count.all() and score.isfinite().all()): raise ValueError('leaves no token to draw, or gives logits that are not numbers')
+    if not (count.all() and score.isfinite().all()): raise ValueError('leaves no token to draw or gives logits that are not numbers: check its temperature and its filter')
     start = count.cumsum(0) - count
     table = x.new_full((len(x), int(count.max())), -torch.inf)
     table[row, torch.arange(len(row), device=row.device) - start[row]] = score
@@ -110,11 +110,10 @@ class _InPlace:
         self.past = Cache(layers=[_Layer(self) for _ in DynamicCache(config=model.config).layers])
     def room(self): return self.rows - len(self.length)
     def inputs(self):
+        self.width = int(self.length.max()) + 1
         mask = torch.arange(self.width, device=self.length.device) <= self.length[:, None]
         return dict(attention_mask=mask.long(), position_ids=self.length[:, None])
     def grow(self): self.length += 1
-    @property
-    def width(self): return int(self.length.max()) + 1
 
 # %% ../nbs/29_sample.ipynb #in-place-add
 @patch
@@ -215,8 +214,10 @@ def pick_block(self:_Writer, k, step, key, position):
     total = step.logits.float().logsumexp(-1)
     if not total.isfinite().all():
         raise ValueError(f'{type(self.model).__name__} gives logits that are not numbers: load it with dtype float32, or check its weights')
-    try: token = _draw(self.rules[k][1](step), key, position)
-    except ValueError as e: raise ValueError(f'the rule {self.rules[k][0]!r}: {e}') from e
+    name, rule = self.rules[k]
+    x = rule(step)
+    try: token = _draw(x, key, position)
+    except ValueError as e: raise ValueError(f'the rule {name!r} {e}') from e
     self.nll[step.rows] += total - step.logits.gather(1, token[:, None])[:, 0]
     return token
 
@@ -226,7 +227,7 @@ def begin(self:_Writer, number, ids):
     "Answer a prompt: read it, draw the first tokens of all its texts, and go on with them as rows become free"
     past = DynamicCache(config=self.model.config)
     first = _step(self.model, torch.tensor([ids], device=self.model.device), past)
-    if self.first is None: self.first = [x.new_empty(self.cache.rows + 1, x.shape[1]) for x in first]
+    if self.first is None: self.first = tuple(x.new_empty(self.cache.rows + 1, x.shape[1]) for x in first)
     place = min(set(range(self.cache.rows + 1)) - set(self.place.tolist()))
     for to,x in zip(self.first, first): to[place] = x[0]
     text = torch.arange(number*self.copies, (number + 1)*self.copies, device=self.text.device)
