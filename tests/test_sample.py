@@ -11,15 +11,21 @@ from scipy.stats import chi2_contingency
 from simpledeco.model import load_model
 from simpledeco.sample import constant, sample
 
-TALKS = [[dict(role='user', content=t)] for t in ('Hi!', 'What is the capital of Norway?', 'Continue this story: it was a dark and stormy night, and')]
+ASKED = 'Hi!', 'What is the capital of Norway?', 'Continue this story: it was a dark and stormy night, and'
+TALKS = [[dict(role='user', content=t)] for t in ASKED]
 RULES = dict(greedy=constant(0), warm=constant(1), hot=constant(1.5, min_p=None), nucleus=constant(1, top_p=.9))
-TINY = dict(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-            bos_token_id=1, eos_token_id=2, pad_token_id=2)
-LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
-              moe_intermediate_size=16, shared_expert_intermediate_size=16)
-KINDS = {'every position': ('LlamaConfig', {}), 'a wide window': ('MistralConfig', dict(sliding_window=4096)), 'a narrow window': ('MistralConfig', dict(sliding_window=8)),
-         'windows and full layers': ('Gemma3TextConfig', dict(sliding_window=8)), 'linear and full layers': ('Qwen3NextConfig', LINEAR), 'one state': ('MambaConfig', {}),
-         'learned positions': ('GPT2Config', dict(n_embd=32, n_layer=2, n_head=4)), 'positions in the attention': ('BloomConfig', dict(n_head=4))}
+TINY = dict(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4,
+              num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+KINDS = {'every position': ('LlamaConfig', {}),
+         'a wide window': ('MistralConfig', dict(sliding_window=4096)),
+         'a narrow window': ('MistralConfig', dict(sliding_window=8)),
+         'windows and full layers': ('Gemma3TextConfig', dict(sliding_window=8)),
+         'linear and full layers': ('Qwen3NextConfig', LINEAR),
+         'one state': ('MambaConfig', {}),
+         'learned positions': ('GPT2Config', dict(n_embd=32, n_layer=2, n_head=4)),
+         'positions in the attention': ('BloomConfig', dict(n_head=4))}
 
 
 @pytest.fixture(scope='module')
@@ -76,15 +82,17 @@ def test_an_answer_ends_at_any_end_token(smoke, monkeypatch):
     model, tokenizer = smoke
     whole = sample(model, tokenizer, TALKS[:1], dict(greedy=constant(0)), 1, 12, progress=False)['greedy'][0][0].tokens
     monkeypatch.setattr(model.generation_config, 'eos_token_id', [tokenizer.eos_token_id, whole[1]])
-    assert sample(model, tokenizer, TALKS[:1], dict(greedy=constant(0)), 1, 12, progress=False)['greedy'][0][0].tokens == whole[:whole.index(whole[1]) + 1]
+    cut = sample(model, tokenizer, TALKS[:1], dict(greedy=constant(0)), 1, 12, progress=False)['greedy'][0][0].tokens
+    assert cut == whole[:whole.index(whole[1]) + 1]
 
 
 def test_logits_that_are_not_numbers_are_an_error(smoke):
     model = tiny('LlamaConfig')
     model.get_output_embeddings().weight[7] = torch.nan
-    with pytest.raises(ValueError, match='LlamaForCausalLM gives logits that are not numbers'): sample(model, smoke[1], TALKS, RULES, 1, 2, progress=False)
+    with pytest.raises(ValueError, match='LlamaForCausalLM gives logits that are not numbers'):
+        sample(model, smoke[1], TALKS, RULES, 1, 2, progress=False)
     for broken in (-torch.inf, torch.nan, torch.inf):
-        rules = RULES | dict(broken=lambda step: torch.full_like(step.logits, broken))
+        rules = dict(broken=lambda step: torch.full_like(step.logits, broken)) # called at once
         with pytest.raises(ValueError, match="the rule 'broken' leaves no token"): sample(*smoke, TALKS, rules, 1, 2, progress=False)
 
 
@@ -95,7 +103,8 @@ def test_a_later_token_is_distributed_as_in_generate(smoke):
     ours = third(a.tokens for a in sample(model, tokenizer, TALKS[1:2], dict(warm=constant(.7)), 1000, 3, progress=False)['warm'][0])
     torch.manual_seed(1)
     options = dict(do_sample=True, temperature=.7, min_p=.1, top_k=0, top_p=1., pad_token_id=tokenizer.eos_token_id, max_new_tokens=3)
-    rows = model.generate(ids.expand(1000, -1), attention_mask=torch.ones(1000, ids.shape[1], dtype=torch.long), **options)[:, ids.shape[1]:].tolist()
+    ids = ids.expand(1000, -1)
+    rows = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1]:].tolist()
     theirs = third(t[:t.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in t else t for t in rows)
     common = [t for t in ours | theirs if ours[t] + theirs[t] >= 20]
     table = np.array([[c[t] for t in common] + [1000 - sum(c[t] for t in common)] for c in (ours, theirs)])
