@@ -92,11 +92,21 @@ def _version(show):
 @app.callback()
 def _options(version:Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='print the version')]=False): pass
 
+# %% ../nbs/35_cli.ipynb #naming
+@contextmanager
+def naming(
+    what:str, # a file and its line, or an option
+):
+    "Say in an error of the block what it is about, as a `ValueError`"
+    try: yield
+    except (ValueError, TypeError) as e: raise ValueError(f'{what}: {e}') from e
+
 # %% ../nbs/35_cli.ipynb #dd4a3bc7
 def _load(model, dtype, device):
     "A model that a head can be used with, and its tokenizer"
     import torch
     from transformers.utils import logging
+    from simpledeco.conversations import end_tokens
     from simpledeco.decode import check_plain_logits
     from simpledeco.model import load_model
     logging.disable_progress_bar()
@@ -104,7 +114,7 @@ def _load(model, dtype, device):
     except OSError as e: raise OSError(f'cannot load model {model}: {e}') from e
     check_plain_logits(loaded)
     if not tokenizer.chat_template: raise ValueError(f'the tokenizer of {model} has no chat template: use an instruction-tuned model')
-    if tokenizer.eos_token_id is None: raise ValueError(f'the tokenizer of {model} has no token that ends a turn: set its eos_token')
+    with naming(model): end_tokens(loaded, tokenizer)
     return loaded, tokenizer
 
 # %% ../nbs/35_cli.ipynb #check-out
@@ -149,15 +159,6 @@ def _conversation(x, name, n):
     split = _text(x, 'split', split_of(f'{name}: {group}'), numbers=False)
     if split not in SPLITS: raise ValueError(f'"split" is {split!r}: it must be one of {", ".join(SPLITS)}')
     return dict(id=_text(x, 'id', f'{name}-{n:05d}'), corpus=corpus, split=split, group=group, messages=messages)
-
-# %% ../nbs/35_cli.ipynb #naming
-@contextmanager
-def naming(
-    what:str, # a file and its line, or an option
-):
-    "Say in an error of the block what it is about, as a `ValueError`"
-    try: yield
-    except (ValueError, TypeError) as e: raise ValueError(f'{what}: {e}') from e
 
 # %% ../nbs/35_cli.ipynb #f141c740
 def read_conversations(
