@@ -54,7 +54,7 @@ def in_transformers(model, tokenizer, head, batch, calls):
         clock.append(time.perf_counter())
         return attachment(module, args, logits) if heads_turn(clock) else logits
     options = sampling(head) | dict(max_new_tokens=SKIP + STEPS + 1, min_new_tokens=SKIP + STEPS + 1, pad_token_id=0)
-    options['logits_processor'] = LogitsProcessorList([lambda ids, scores: scores if heads_turn(clock) else static(ids, scores), *options['logits_processor']])
+    options['logits_processor'] = LogitsProcessorList([lambda ids, scores: scores if heads_turn(clock) else static(ids, scores)])
     def generate():
         clock.clear(); model.generate(ids, **options)
         return list(clock)

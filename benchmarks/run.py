@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LogitsProcessorList, MinPLogitsWarper
+from transformers import MinPLogitsWarper
 
 from simpledeco.conversations import encode
 from simpledeco.study.data import load_examples
-from simpledeco.decode import attach, MinP, sampling
+from simpledeco.decode import attach, min_p_filter, sampling
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
 from simpledeco.study.models import build_model
@@ -82,7 +82,7 @@ def memory():
 
 
 def sampler(vocabulary, batch=16, rounds=20):
-    scores, theirs, ours = 3*torch.randn(batch, vocabulary), MinPLogitsWarper(min_p=.1), MinP(.1)
+    scores, theirs, ours = 3*torch.randn(batch, vocabulary), MinPLogitsWarper(min_p=.1), lambda ids, z: min_p_filter(z, .1)
     assert torch.equal(theirs(None, scores.clone()), ours(None, scores.clone()))
     speed, t, o = compared(turns(lambda i: theirs(None, scores), lambda i: ours(None, scores), rounds))
     return speed | dict(vocabulary=vocabulary, ours_milliseconds=1000*o/rounds, theirs_milliseconds=1000*t/rounds)
@@ -96,7 +96,7 @@ def decode(model, tokenizer, reads, batch=16, new=8, rounds=40, temperature=.7):
 
     theirs, mine = copy.deepcopy(model), copy.deepcopy(model) # both in memory of the same kind: the weights of `model` are mapped from a file
     attach(mine, head) # once, as a user would: attaching checks the model with a forward pass
-    speed, s, o = compared(turns(lambda i: theirs.generate(ids, temperature=temperature, logits_processor=LogitsProcessorList([MinP(.1)]), **options), lambda i: mine.generate(ids, **(options | sampling(head))), rounds))
+    speed, s, o = compared(turns(lambda i: theirs.generate(ids, temperature=temperature, min_p=.1, **options), lambda i: mine.generate(ids, **(options | sampling(head))), rounds))
     return speed | dict(head_tokens_per_second=batch*new*rounds/o, static_tokens_per_second=batch*new*rounds/s)
 
 

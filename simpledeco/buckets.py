@@ -47,7 +47,8 @@ def training_rows(
     thin = torch.rand(len(rows), generator=generator) < keep_trivial
     kept = dict(trivial=rows[(found == 0) & thin], goldilocks=rows[found == 1])
     for name,r in kept.items():
-        if not len(r): raise ValueError(f'the {name} bucket is empty: of {len(rows)} tokens none qualifies; add corpora or examples')
+        if not len(r):
+            raise ValueError(f'the {name} bucket is empty: of {len(rows)} tokens none qualifies; add corpora or examples')
     return kept
 
 # %% ../nbs/27_buckets.ipynb #10a3f6ae
@@ -78,7 +79,8 @@ def share_rows(
     found, generator, kept = table_buckets(table, rows), torch.Generator().manual_seed(seed), []
     for name,share in shares.items():
         here = rows[found == BUCKETS.index(name)]
-        if not len(here): raise ValueError(f'the {name} bucket is empty: of {len(rows)} tokens none qualifies; add corpora or examples')
+        if not len(here):
+            raise ValueError(f'the {name} bucket is empty: of {len(rows)} tokens none qualifies; add corpora or examples')
         kept.append(here[torch.randint(len(here), (round(share*size),), generator=generator)])
     return dict(mix=torch.cat(kept))
 

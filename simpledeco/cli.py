@@ -190,7 +190,7 @@ def _coverage_table(found):
 @app.command(epilog='Example: `simpledeco generate heads/qwen Qwen/Qwen2.5-0.5B-Instruct "Tell me a story." --scale 1.5`')
 def generate(head:Head, model:Model, prompt:str, scale:Scale=1.0, max_new_tokens:int=200, seed:Seed=0, dtype:Dtype='float32', device:Device='', other_model:OtherModel=False):
     "Answer a prompt, each token at its own temperature."
-    from transformers import set_seed
+    from transformers import logging, set_seed
     from simpledeco.decode import attach, sampling
     from simpledeco.head import TemperatureHead
     loaded, tokenizer = _load(model, dtype, device)
@@ -199,7 +199,7 @@ def generate(head:Head, model:Model, prompt:str, scale:Scale=1.0, max_new_tokens
     watch = lambda module, args, z: seen.append(scale*decoder.temperature(decoder.live_inputs(args[0][:, -1], z[:, -1])).item())
     with attach(loaded, decoder, scale=scale, other_model=other_model):
         loaded.get_output_embeddings().register_forward_hook(watch, prepend=True) # sees the logits before the head divides them
-        set_seed(seed)
+        set_seed(seed); logging.set_verbosity_error() # it warns of arguments beside a configuration
         loaded.generate(**chat, max_new_tokens=max_new_tokens, streamer=ColourStream(tokenizer, seen, console), pad_token_id=tokenizer.eos_token_id, **sampling(decoder))
 
 # %% ../nbs/35_cli.ipynb #75754ab8

@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 from .decode import attach, sampling
 from .head import TemperatureHead
+from .model import takes_left_padding
 
 # %% ../nbs/34_harness.ipynb #51465350
 @register_model('simpledeco')
@@ -25,13 +26,15 @@ class SimpleDecoLM(HFLM):
         super().__init__(pretrained=pretrained, **kwargs)
         self.head, self.options = TemperatureHead.from_pretrained(head), dict(scale=float(scale), other_model=other_model)
         attach(self.model, self.head, **self.options).remove() # what does not fit is refused now, not after the prompts are read
+        if str(kwargs.get('batch_size', 1)) != '1' and not takes_left_padding(self.model):
+            raise ValueError(f'{type(self.model).__name__} takes the padding of a batch for text: run it with --batch_size 1')
 
     def generate_until(self, requests, disable_tqdm=False):
         with attach(self.model, self.head, **self.options): return super().generate_until(requests, disable_tqdm)
 
     def _model_generate(self, context, max_length, stop, **kwargs):
         if kwargs.get('do_sample') or kwargs.get('temperature', 0) > 0:
-            kwargs = dict(temperature=1.0) | kwargs | sampling(self.head, kwargs.pop('min_p', None))
+            kwargs = sampling(self.head, kwargs.pop('min_p', None)) | dict(temperature=1.0) | kwargs | dict(do_sample=True)
         return super()._model_generate(context, max_length, stop, **kwargs)
 
 # %% ../nbs/34_harness.ipynb #c1763662

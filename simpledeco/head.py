@@ -20,7 +20,7 @@ from torch import nn
 
 from .checks import check_fraction
 from .logits import nucleus_gap
-from .model import fingerprint
+from .model import fingerprint, sizes
 
 # %% ../nbs/02_head.ipynb #163bf7c5
 RANKS = (2, 4, 8, 16, 32, 64, 128)
@@ -209,7 +209,7 @@ def check_fits(
     other_model:bool=False, # accept a model that the head was not trained for
 ):
     "Raise `ValueError` unless the head was trained for this model"
-    size, mark = model.get_output_embeddings().weight.shape[1], fingerprint(model)
+    size, mark = sizes(model)[0], fingerprint(model)
     if size != head.hidden_size and not (other_model and head.reads == 'logits'):
         raise ValueError(f'the head reads hidden states of size {head.hidden_size}, the model has {size}: train a head for this model')
     if mark != head.base_model and not other_model:

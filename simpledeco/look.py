@@ -74,10 +74,11 @@ def token_report(
     "What the head makes of each token of an answer"
     import torch
     from simpledeco.conversations import encode
-    ids, where = encode(dict(id='text', messages=messages), tokenizer, model.config.max_position_embeddings)
+    from simpledeco.model import context_length, read_output
+    ids, where = encode(dict(id='text', messages=messages), tokenizer, context_length(model))
     with torch.no_grad():
-        hidden = model.base_model(torch.tensor([ids], device=model.device)).last_hidden_state[0, [w - 1 for w in where]]
-        z = model.get_output_embeddings()(hidden).float()
+        hidden, z, _ = read_output(model, lambda h: h[0, [w - 1 for w in where]], input_ids=torch.tensor([ids], device=model.device))
+        z = z.float()
         T = scale*head.temperature(head.live_inputs(hidden, z))
     labels = [ids[w] for w in where]
     texts = added_text(tokenizer, labels)

@@ -19,8 +19,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .conversations import encoder, prints_day
+from .decode import check_plain_logits
 from .logits import token_statistics
-from .model import fingerprint
+from .model import fingerprint, read_output, sizes
 from .files import write_whole
 from .table import read_info, TokenTable, write_shard
 
@@ -45,9 +46,8 @@ def _scan_batch(model, encoded, numbers):
     for row,(tokens,_) in enumerate(encoded): ids[row, :len(tokens)] = torch.tensor(tokens); mask[row, :len(tokens)] = 1
     r = torch.tensor([row for row,(_,where) in enumerate(encoded) for _ in where], dtype=torch.long)
     c = torch.tensor([i for _,where in encoded for i in where], dtype=torch.long)
-    hidden = model.base_model(input_ids=ids.to(dev), attention_mask=mask.to(dev)).last_hidden_state
-    hidden = hidden[r.to(hidden.device), c.to(hidden.device)-1]
-    logits = model.get_output_embeddings()(hidden)
+    pick = lambda hidden: hidden[r.to(hidden.device), c.to(hidden.device)-1]
+    hidden, logits, _ = read_output(model, pick, input_ids=ids.to(dev), attention_mask=mask.to(dev))
     stats = token_statistics(logits, ids[r, c].to(logits.device))
     return dict(stats, hidden=hidden, example=torch.tensor(numbers)[r].int(), position=c.int())
 
@@ -106,11 +106,13 @@ def _survey(examples, to_ids, progress):
 def _table_info(model, examples, to_ids, batch_tokens, shard_examples, progress):
     if not examples: raise ValueError('there is nothing to scan: the list of examples is empty')
     if min(batch_tokens, shard_examples) < 1: raise ValueError(f'batch_tokens is {batch_tokens} and shard_examples {shard_examples}: both must be positive')
+    check_plain_logits(model)
     tokens, responses, text = _survey(examples, to_ids, progress)
     if not responses: raise ValueError('no conversation has a response token within max_tokens: allow more tokens')
     keep = [{k: x[k] for k in ('id', 'corpus', 'split', 'group')} for x in examples]
-    return dict(model=fingerprint(model), hidden_size=model.config.hidden_size,
-                vocab_size=model.config.vocab_size, dtype=str(model.dtype), batch_tokens=batch_tokens, shard_examples=shard_examples,
+    width, vocabulary = sizes(model)
+    return dict(model=fingerprint(model), hidden_size=width,
+                vocab_size=vocabulary, dtype=str(model.dtype), batch_tokens=batch_tokens, shard_examples=shard_examples,
                 tokens=tokens, text=text, examples=keep)
 
 # %% ../nbs/26_scan.ipynb #59917fb7

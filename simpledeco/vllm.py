@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .conversations import end_tokens, prompt_ids
-from .decode import check_plain_logits, divisor
+from .decode import check_plain_logits, divisor, NEUTRAL, OFF
 from .head import check_fits, TemperatureHead
-from .model import load_model
+from .model import alike, load_model, read_output
 from .sample import Answer
 
 # %% ../nbs/33_vllm.ipynb #be9e80a5
@@ -109,22 +110,37 @@ def _check(source, head):
     model, _ = load_model(source, 'bfloat16')
     check_plain_logits(model)
     check_fits(head, model)
+    if head.reads != 'logits' and not _reads_last_hidden(model):
+        raise ValueError(f'{type(model).__name__} changes the hidden state before its output embedding reads it, vLLM afterwards: '
+                         'serve a head that reads logits')
+
+
+@torch.no_grad()
+def _reads_last_hidden(model):
+    "Whether the output embedding reads the last hidden state of the base model as it is"
+    ids = torch.arange(8)[None]
+    read, last = read_output(model, lambda h: h[0], input_ids=ids)[0], getattr(model.base_model(input_ids=ids), 'last_hidden_state', None)
+    return last is not None and last[0].shape == read.shape and alike(read, last[0], model.dtype)
 
 # %% ../nbs/33_vllm.ipynb #cf434593
 def _own_files(source, head, scale):
     "The two files that differ from the model's"
-    read = lambda name: json.loads((source/name).read_text()) if (source/name).exists() else {}
-    config = read('config.json')
-    if not config.get('architectures'): raise ValueError(f'{source}/config.json names no architecture: vLLM could not load this model')
+    read = lambda name, other: json.loads((source/name).read_text(encoding='utf-8')) if (source/name).exists() else other
+    config = read('config.json', {})
+    if not config.get('architectures'):
+        raise ValueError(f'{source}/config.json names no architecture: vLLM could not load this model')
     name = config['architectures'][0]
     if name.startswith(PREFIX): raise ValueError(f'{source} has a head already: name the folder of the model itself')
-    sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_p=head.min_p)
-    return {'config.json': config | dict(architectures=[PREFIX + name], simpledeco=dict(scale=scale)), 'generation_config.json': read('generation_config.json') | sampling}
+    ends = {k: v for k,v in (config.get('text_config', {}) | config).items() if k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+    content = {k: v for k,v in read('generation_config.json', ends).items() if k not in OFF}
+    return {'config.json': config | dict(architectures=[PREFIX + name], simpledeco=dict(scale=scale)),
+            'generation_config.json': content | NEUTRAL | dict(do_sample=True, min_p=head.min_p)}
 
 # %% ../nbs/33_vllm.ipynb #d55eb898
 def _fill(folder, source, head, files):
     for path in source.iterdir():
-        if path.is_file() and path.name not in (*files, 'README.md'): (folder/path.name).symlink_to(path.resolve())
+        link = path.is_file() and path.name not in (*files, 'README.md') or path.name == CHAT_TEMPLATE_DIR
+        if link: (folder/path.name).symlink_to(path.resolve())
     for name,content in files.items(): (folder/name).write_text(json.dumps(content, indent=2))
     head.save_pretrained(folder/FOLDER)
 

@@ -1,10 +1,10 @@
 "A head on small random models of many architectures"
-import copy, math
+import copy, math, pickle, threading
 
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
-from simpledeco.decode import attach, check_plain_logits, divisor, MinP, sampling
+from simpledeco.decode import attach, check_plain_logits, divisor, min_p_filter, sampling
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
 from conftest import ROOT
@@ -60,7 +60,7 @@ def test_greedy_is_the_same_and_sampling_is_not(kind):
     model = tiny(kind)
     head, kw = head_for(model), dict(attention_mask=torch.ones_like(IDS), max_new_tokens=12)
     plain = model.generate(IDS, do_sample=False, **kw)
-    torch.manual_seed(0); hot = model.generate(IDS, do_sample=True, top_k=0, logits_processor=[MinP(.1)], **kw)
+    torch.manual_seed(0); hot = model.generate(IDS, do_sample=True, top_k=0, min_p=.1, **kw)
     with attach(model, head, scale=5):
         assert torch.equal(model.generate(IDS, do_sample=False, **kw), plain)
         torch.manual_seed(0); hotter = model.generate(IDS, **sampling(head), **kw)
@@ -179,3 +179,86 @@ def test_a_second_head_and_a_foreign_head():
         with pytest.raises(ValueError, match='remove it first'): attach(model, head_for(model))
     with pytest.raises(ValueError, match='trained for base model'): attach(model, other)
     with torch.no_grad(), attach(model, other, other_model=True): assert torch.isfinite(model(IDS).logits).all()
+
+
+# Settings that popular instruction models ship in their generation_config.json
+SHIPPED = dict(qwen=dict(do_sample=True, temperature=.7, top_p=.8, top_k=20, repetition_penalty=1.05), llama=dict(do_sample=True, temperature=.6, top_p=.9),
+               gemma=dict(do_sample=True, top_k=64, top_p=.95))
+# and what else a configuration may hold that changes a distribution
+RARE = dict(min_p=.5, top_h=.4, typical_p=.5, epsilon_cutoff=.02, eta_cutoff=.02, encoder_repetition_penalty=1.5, no_repeat_ngram_size=1,
+            encoder_no_repeat_ngram_size=1, guidance_scale=3., num_beams=3, sequence_bias=[[[5], 9.]], exponential_decay_length_penalty=(1, 3.))
+
+
+def candidates(model, ids, **kw):
+    "Which tokens may come next, and with which probability"
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **kw)
+    return out.scores[0].softmax(-1)
+
+
+@pytest.mark.parametrize('name, shipped', [*SHIPPED.items(), *((k, {k: v}) for k,v in RARE.items())])
+def test_a_models_own_settings_do_not_change_what_is_sampled(name, shipped):
+    model, ids = tiny('llama'), torch.tensor([[5, 17, 40, 17, 99, 7, 250, 31]])
+    head = head_for(model)
+    with torch.no_grad(), attach(model, head, scale=3.):
+        wanted = min_p_filter(model(ids).logits[:, -1], head.min_p).softmax(-1)
+        model.generation_config.update(**shipped)
+        torch.testing.assert_close(candidates(model, ids, **sampling(head)), wanted)
+
+
+def test_what_may_be_said_and_where_a_text_ends_stays_the_models_own():
+    model = tiny('llama')
+    head = head_for(model)
+    model.generation_config.update(bad_words_ids=[[7]], eos_token_id=list(range(100, 300)))
+    with attach(model, head, scale=9.):
+        assert candidates(model, IDS, **sampling(head))[0, 7] == 0
+        out = model.generate(IDS.expand(8, -1), attention_mask=torch.ones(8, 7), max_new_tokens=30, **sampling(head))[:, 7:]
+    ended = (out >= 100).cumsum(1) - (out >= 100).long()
+    assert (out[ended > 0] == 0).all() and (out >= 100).any(1).all()
+
+
+@pytest.mark.parametrize('temperature', [.5, 2.])
+def test_min_p_comes_after_a_temperature_that_is_given_beside(temperature):
+    model = tiny('llama')
+    model.generation_config.update(**SHIPPED['qwen'])
+    head = head_for(model)
+    with torch.no_grad(), attach(model, head, scale=2.):
+        z = model(IDS).logits[:, -1]
+        wanted, before = (min_p_filter(x, head.min_p) for x in (z/temperature, z))
+        found = candidates(model, IDS, temperature=temperature, **sampling(head))
+    torch.testing.assert_close(found, wanted.softmax(-1))
+    assert (found > 0).sum() != torch.isfinite(before).sum()
+
+
+def test_two_threads_attach_one_head():
+    model = tiny('llama')
+    head, results = head_for(model), []
+    def work(barrier):
+        barrier.wait()
+        try: results.append(attach(model, head))
+        except ValueError as e: results.append(str(e))
+    for _ in range(20):
+        results.clear()
+        barrier = threading.Barrier(2)
+        threads = [threading.Thread(target=work, args=(barrier,)) for _ in range(2)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        refused = [x for x in results if isinstance(x, str)]
+        assert len(refused) == 1 and 'remove it first' in refused[0] and len(model.get_output_embeddings()._forward_hooks) == 1
+        next(x for x in results if not isinstance(x, str)).remove()
+
+
+def test_a_model_with_a_head_is_not_copied_and_its_output_embedding_not_replaced():
+    model = tiny('llama')
+    head = head_for(model)
+    with attach(model, head):
+        with pytest.raises(ValueError, match='cannot be copied or pickled'): copy.deepcopy(model)
+        with pytest.raises(ValueError, match='cannot be copied or pickled'): pickle.dumps(model)
+        model.resize_token_embeddings(310)
+        with pytest.raises(ValueError, match='was replaced while a head was attached'): model(IDS)
+    assert model(IDS).logits.shape[-1] == 310 and not model._forward_pre_hooks
+    assert not copy.deepcopy(model).get_output_embeddings()._forward_hooks
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    with pytest.raises(ValueError, match='looks at the tokens that follow'): check_plain_logits(tiny('bert'))
+    check_plain_logits(tiny('bert', is_decoder=True))

