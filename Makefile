@@ -78,7 +78,7 @@ bench: setup
 	python benchmarks/run.py
 
 faults: setup
-	SIMPLEDECO_KILLS=60 python -m pytest tests/test_faults.py -k killed
+	SIMPLEDECO_KILLS=60 SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_faults.py -k 'killed or fed'
 	SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_bad_input.py
 
 # vLLM wants an environment of its own: the wheels that it brings along for pictures and sound do not fit this PyTorch, and text does not need them

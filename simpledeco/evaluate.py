@@ -32,6 +32,14 @@ def token_scores(
     return dict(kept=kept.float(), p_true=torch.exp(-gap/T)/total*kept, candidates=inside.sum(1).float(),
                 temperature=temperature, saturated=inside.all(1).float())
 
+# %% ../nbs/28_evaluate.ipynb #c708fe27
+def _resamples(groups, bootstrap, seed, most=2**22):
+    "How often each group is drawn [B, groups], in blocks of at most `most` numbers; the draws do not depend on the block"
+    generator, one = torch.Generator().manual_seed(seed), torch.ones((), dtype=torch.double)
+    for rows in torch.arange(bootstrap).split(max(1, most//groups)):
+        draws = torch.randint(groups, (len(rows), groups), generator=generator)
+        yield torch.zeros(draws.shape, dtype=torch.double).scatter_add_(1, draws, one.expand(draws.shape))
+
 # %% ../nbs/28_evaluate.ipynb #f670b703
 def cluster_mean(
     values:torch.Tensor, # [N] one number per token
@@ -44,9 +52,8 @@ def cluster_mean(
     ids, inverse = cluster.unique(return_inverse=True)
     sums = torch.zeros(2, len(ids), dtype=torch.double)
     sums.index_add_(1, inverse, torch.stack([values.double(), torch.ones(len(values), dtype=torch.double)]))
-    draws = torch.randint(len(ids), (bootstrap, len(ids)), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(bootstrap, len(ids), dtype=torch.double).scatter_add_(1, draws, torch.ones(draws.shape, dtype=torch.double))
-    lo, hi = torch.quantile(counts @ sums[0]/(counts @ sums[1]), torch.tensor([.025, .975], dtype=torch.double)).tolist()
+    means = torch.cat([(counts @ sums[0])/(counts @ sums[1]) for counts in _resamples(len(ids), bootstrap, seed)])
+    lo, hi = torch.quantile(means, torch.tensor([.025, .975], dtype=torch.double)).tolist()
     return dict(mean=values.double().mean().item(), lo=lo, hi=hi, n=len(values), groups=len(ids))
 
 # %% ../nbs/28_evaluate.ipynb #b3d30639
@@ -59,6 +66,13 @@ def auroc(
     n = int(positive.sum())*int((~positive).sum())
     return float(mannwhitneyu(score[positive].double().numpy(), score[~positive].double().numpy()).statistic/n)
 
+# %% ../nbs/28_evaluate.ipynb #87c533ce
+def _quantiles(x, levels):
+    "[Q] interpolated quantiles of x [N], for any N"
+    x, at = x.sort().values, levels*(len(x) - 1) if len(x) <= 2**24 else levels.double()*(len(x) - 1)
+    below = at.long()
+    return x[below].lerp(x[at.ceil().long()], (at - below).to(x.dtype))
+
 # %% ../nbs/28_evaluate.ipynb #e216f8f0
 def v_curve(
     gap:torch.Tensor, # [N] in nats
@@ -67,11 +81,11 @@ def v_curve(
     edges=(0, 1e-9, .5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10), # bins of the gap; the first holds the tokens on top
 )->list: # dicts: gap (mean of the bin), n, lo, median and hi (10, 50 and 90%) of T, needed
     "Predicted temperature against the intrinsic gap"
-    out, levels = [], torch.tensor([.1, .5, .9])
+    out = []
     for a,b in zip(edges, edges[1:]):
         here = (gap >= a) & (gap < b)
         if not here.any(): continue
-        lo, mid, hi = temperature[here].quantile(levels).tolist()
+        lo, mid, hi = _quantiles(temperature[here], torch.tensor([.1, .5, .9])).tolist()
         mean = gap[here].mean().item()
         out.append(dict(gap=mean, n=int(here.sum()), lo=lo, median=mid, hi=hi, needed=mean/math.log(1/check_fraction('min_p', min_p))))
     return out

@@ -7,7 +7,7 @@ told off for using it with the wrong model."""
 __all__ = ['RANKS', 'RISKS', 'CARD', 'logit_features', 'TemperatureHead', 'check_fits', 'check_min_p']
 
 # %% ../nbs/02_head.ipynb #head-imports
-import math
+import json, math
 from pathlib import Path
 
 import torch
@@ -15,10 +15,12 @@ from fastcore.basics import patch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
-from .checks import check_fraction
+from .checks import check_file, check_fraction
+from .files import checksum, sweep, write_whole
 from .logits import nucleus_gap
 from .model import fingerprint, sizes
 
@@ -39,6 +41,16 @@ def logit_features(
     entropy, depth = -(p*log_p).sum(-1, keepdim=True), torch.stack([gap[..., k-1] for k in RANKS], -1)
     return torch.cat([entropy, log_p[..., :1], depth, nucleus_gap(gap, p, RISKS)/math.log(1/check_fraction('min_p', min_p))], -1)
 
+# %% ../nbs/02_head.ipynb #check-arguments
+def _check_arguments(hidden_size, width, base_model, t_min, t_max, record):
+    "Raise `ValueError` for what is no head"
+    whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= 1e6
+    if not (whole(hidden_size) and 0 < hidden_size <= 2**20): raise ValueError(f'hidden_size is {hidden_size!r}: it must be a whole number from 1 to {2**20:,}')
+    if not (whole(width) and 0 <= width <= 2**20): raise ValueError(f'width is {width!r}: it must be a whole number from 0 to {2**20:,}')
+    if not (number(t_min) and number(t_max) and 0 < t_min < t_max): raise ValueError(f't_min is {t_min!r} and t_max {t_max!r}: 0 < t_min < t_max <= 1,000,000 must hold')
+    if not isinstance(base_model, str) or not isinstance(record, dict | None): raise ValueError(f'base_model is {base_model!r} and record {record!r}: a text and a dict are needed')
+
 # %% ../nbs/02_head.ipynb #f3a7c7eb
 class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco', tags=['temperature', 'min-p', 'decoding'],
                       license='apache-2.0'):
@@ -55,6 +67,7 @@ class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco'
         record:dict|None=None, # where it comes from: model, revision, corpora, tokens, calibration, coverage
     ):
         super().__init__()
+        _check_arguments(hidden_size, width, base_model, t_min, t_max, record)
         sizes = dict(logits=2 + len(RANKS) + len(RISKS), hidden=hidden_size, both=hidden_size + 2 + len(RANKS) + len(RISKS))
         if reads not in sizes: raise ValueError(f"reads is {reads!r}: a head reads 'logits', 'hidden' or 'both'")
         self.hidden_size, self.reads, self.base_model, self.t_min, self.t_max = hidden_size, reads, base_model, t_min, t_max
@@ -126,6 +139,26 @@ def temperatures(self:TemperatureHead,
     "The temperatures to decode tokens of a table with"
     return self.predict(table, rows).clamp(self.t_min, self.t_max)
 
+# %% ../nbs/02_head.ipynb #check-sizes
+def _check_sizes(cls, config, path):
+    "Raise `ValueError` unless the header of a file of weights has the tensors of this configuration"
+    with torch.device('meta'): wanted = {k: list(v.shape) for k,v in cls(**config).state_dict().items()}
+    with safe_open(check_file(path), 'pt') as f: found = {k: list(f.get_slice(k).get_shape()) for k in f.keys()}
+    if found != wanted: raise ValueError(f'{path} is damaged or not a head of this form: config.json asks for {wanted}, it has {found}: copy or train it again')
+
+def _check_sums(head, path):
+    "Raise `ValueError` for weights that are not as they were written"
+    with safe_open(path, 'pt') as f: said = (f.metadata() or {}).get('crc32')
+    if said is not None and said != json.dumps({k: checksum(v) for k,v in sorted(head.state_dict().items())}):
+        raise ValueError(f'{path} is damaged (its weights are not as they were written): copy or train it again')
+
+def _check_weights(head, path):
+    "Raise `ValueError` for weights that are not numbers, or inputs that would be divided by nothing"
+    bad = [k for k,v in head.state_dict().items() if not torch.isfinite(v).all()]
+    if bad: raise ValueError(f'{path}: {", ".join(bad)} of the head is NaN or infinite: train it again, with a smaller learning rate')
+    if not (head.std > 0).all(): raise ValueError(f'{path}: std of the head is not positive: copy or train it again')
+    return head
+
 # %% ../nbs/02_head.ipynb #3cb9cc32
 @patch(cls_method=True)
 def _from_pretrained(cls:TemperatureHead, *, model_id, revision, cache_dir, force_download, local_files_only, token, map_location='cpu', **config):
@@ -133,14 +166,22 @@ def _from_pretrained(cls:TemperatureHead, *, model_id, revision, cache_dir, forc
     if 'hidden_size' not in config: raise FileNotFoundError(f'no head in {model_id}: a head is a folder or a hub repository with config.json and {SAFETENSORS_SINGLE_FILE}')
     where = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
     path = Path(model_id)/SAFETENSORS_SINGLE_FILE if Path(model_id).is_dir() else hf_hub_download(model_id, SAFETENSORS_SINGLE_FILE, **where)
-    try: return cls._load_as_safetensor(cls(**config), str(path), map_location, True)
-    except (SafetensorError, OSError, RuntimeError) as e: raise ValueError(f'{path} is damaged or not a head of this form: copy or train it again ({str(e).splitlines()[0]})') from e
+    try:
+        _check_sizes(cls, config, path)
+        head = cls._load_as_safetensor(cls(**config), str(path), map_location, True)
+        _check_sums(head, path)
+        return _check_weights(head, path)
+    except (SafetensorError, OSError, RuntimeError) as e:
+        raise ValueError(f'{path} is damaged or not a head of this form: copy or train it again ({str(e).splitlines()[0]})') from e
 
 # %% ../nbs/02_head.ipynb #19352bd0
 @patch(cls_method=True)
 def from_pretrained(cls:TemperatureHead, name, **kwargs):
     "A head from a folder or a hub repository. Raises `FileNotFoundError` where there is none, `ValueError` for a damaged one"
+    check_file(Path(name)/'config.json')
     try: return PyTorchModelHubMixin.from_pretrained.__func__(cls, name, **kwargs)
+    except (json.JSONDecodeError, UnicodeError, RecursionError, TypeError, AttributeError) as e:
+        raise ValueError(f'config.json of {name} is damaged or not that of a head ({e}): copy or train it again') from e
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as e:
         raise FileNotFoundError(f'no head at {name}: it is not a folder, nor a hub repository that this machine can reach ({str(e).splitlines()[0]})') from e
 
@@ -148,7 +189,11 @@ def from_pretrained(cls:TemperatureHead, name, **kwargs):
 @patch
 def _save_pretrained(self:TemperatureHead, folder):
     "Weights and model card; the mixin adds config.json"
-    PyTorchModelHubMixin._save_pretrained(self, folder)
+    _check_weights(self, folder)
+    sweep(Path(folder))
+    state = self.state_dict()
+    sums = json.dumps({k: checksum(v) for k,v in sorted(state.items())})
+    write_whole(Path(folder)/SAFETENSORS_SINGLE_FILE, lambda tmp: tmp.write_bytes(save(state, dict(crc32=sums))))
     self._hub_mixin_config['record'] = self.record
     self.generate_model_card().save(folder/'README.md')
 
@@ -189,7 +234,7 @@ Share of true tokens that survive min-p at the head's temperature, on held-out t
 def _facts(head):
     "What the table of the card says"
     r, names = head.record, lambda x: ', '.join(x) if x else None
-    return {'base model': r.get('model'), 'revision': r.get('revision'), 'fingerprint of its output embedding': head.base_model, 'min_p': head.min_p, 'risk': head.risk,
+    return {'base model': r.get('model'), 'revision': r.get('revision'), 'fingerprint of its weights': head.base_model, 'min_p': head.min_p, 'risk': head.risk,
             'reads': dict(logits='the shape of the next-token distribution', hidden='the hidden state', both='the hidden state and the shape of the next-token distribution')[head.reads], 'parameters': f'{sum(p.numel() for p in head.parameters()):,}',
             'training tokens': f"{r['tokens']:,}" if r.get('tokens') else None, 'training corpora': names(r.get('corpora')), 'calibration corpora': names(r.get('calibration')) or 'not calibrated',
             'text': r.get('text')}

@@ -24,7 +24,7 @@ def token_statistics(
     z = logits.float()
     top = z.topk(min(TOP_K, z.shape[-1])).values
     z_max, z_true = top[:, 0], z.gather(1, labels[:, None])[:, 0]
-    if not (torch.isfinite(z_max).all() and torch.isfinite(z_true).all()):
+    if not (torch.isfinite(top).all() and torch.isfinite(z_true).all()):
         raise ValueError('the logits of a response token are NaN or infinite: load the model in float32 or bfloat16, or drop the example')
     log_z, entropy = _partition(z, z_max)
     return dict(label=labels.int(), z_max=z_max, z_true=z_true, rank=_rank(z, top, z_true), entropy=entropy, log_z=log_z, top_logits=top)

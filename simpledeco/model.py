@@ -14,6 +14,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from threading import get_ident
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -154,11 +155,36 @@ def takes_left_padding(
     padded = read_output(model, last, input_ids=torch.cat([padding, ids], 1), attention_mask=mask, use_cache=False, **position)[1]
     return alike(padded, alone, model.dtype)
 
+# %% ../nbs/25_model.ipynb #74787ce0
+def _weights(model):
+    "Every weight once, in order; one that is offloaded is fetched for the moment"
+    tied, seen = getattr(model, 'all_tied_weights_keys', {}), set()
+    for prefix,module in model.named_modules():
+        for name,p in module.named_parameters(recurse=False):
+            if id(p) not in seen and f'{prefix}.{name}' not in tied: yield _fetched(module, name, p)
+            seen.add(id(p))
+
+def _fetched(module, name, p):
+    "A weight that has values"
+    if not p.is_meta: return p
+    hook = getattr(module, '_hf_hook', None) # of accelerate: it knows where the values are
+    for h in getattr(hook, 'hooks', [hook]):
+        if getattr(h, 'weights_map', None) is not None: return h.weights_map[name]
+    raise ValueError(f'{name} of a {type(module).__name__} has no values (it is on the meta device): load the model on a real device')
+
+def _entries(weight, most=2**16):
+    "Entries [at most `most`] from the whole length of a weight; an odd step, so that they do not all lie in one column"
+    flat = weight.detach().flatten()
+    return flat[::-(-len(flat)//most) | 1].cpu().float()
+
 # %% ../nbs/25_model.ipynb #6102aa7c
 def fingerprint(
-    model, # a causal language model with an output embedding of shape [V, d]
+    model, # a model of transformers, on any device, offloaded or not
 )->str: # 16 hexadecimal digits
-    "A short hash that tells one base model from another, equal in float32 and bfloat16"
-    weight = model.get_output_embeddings().weight
-    rows = weight[::max(1, len(weight)//64)][:64].detach().to('cpu', torch.bfloat16).view(torch.int16)
-    return hashlib.sha256(str(tuple(weight.shape)).encode() + rows.contiguous().numpy().tobytes()).hexdigest()[:16]
+    "A short hash of every weight that tells one base model from another, equal in float32, bfloat16 and float16"
+    found = hashlib.sha256()
+    for weight in _weights(model):
+        x = _entries(weight)
+        octave = x.abs().mean(dtype=torch.float64).log2().round().item() + 0. # of -0.0 it makes 0.0
+        found.update(f'{tuple(weight.shape)} {octave}'.encode() + np.packbits(torch.signbit(x).numpy()).tobytes())
+    return found.hexdigest()[:16]

@@ -120,6 +120,7 @@ def test_logits(V, N, dtype, data):
     good = bool(((labels >= 0) & (labels < V)).all())
     z64 = z.double().numpy()
     good = good and not np.isnan(z64).any() and not (z64 == np.inf).any() and bool(np.isfinite(z64[np.arange(N), labels]).all())
+    good = good and bool(np.isfinite(np.sort(z64, 1)[:, ::-1][:, :128]).all()) # nor is a masked token among the largest
     assert (kind == 'ok') == good, got
     if not good: return
     for i,y in enumerate(labels.tolist()):

@@ -1,6 +1,9 @@
 """Two processes write one table; it is the table of a single process, byte for byte.
 
 `accelerate launch` starts torchrun on GPUs, but a single process on a CPU; so torchrun is called here."""
+import sys
+
+import pytest
 from conftest import ROOT, run
 
 from simpledeco.study.data import load_examples
@@ -56,3 +59,19 @@ def test_a_model_spread_by_a_device_map_gives_the_same_table(tmp_path):
     for device in ('cpu', 'auto'): scan(*load_model(folder, device=device), examples, tmp_path/device, progress=False)
     a, b = TokenTable(tmp_path/'cpu'), TokenTable(tmp_path/'auto')
     assert a.info == b.info and (a['rank'] == b['rank']).all() and (a['z_true'] - b['z_true']).abs().max() < 1e-3
+
+
+RANKS = dict(RANK='0', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='29577')
+
+@pytest.mark.parametrize('left', [[], ['RANK'], ['RANK', 'LOCAL_RANK', 'MASTER_ADDR']], ids=str)
+def test_a_world_size_that_was_left_behind(left):
+    "Refused at once, and not after days of waiting for processes that nobody started"
+    code = 'from simpledeco.scan import processes; processes()'
+    done = run('env', 'WORLD_SIZE=2', *(f'{k}={RANKS[k]}' for k in left), sys.executable, '-c', code, cwd=ROOT, check=False, timeout=120)
+    assert done.returncode == 1 and 'ValueError: WORLD_SIZE is 2 but' in done.stderr and 'unset WORLD_SIZE' in done.stderr
+
+
+def test_processes_that_never_come_are_not_waited_for():
+    code = 'from datetime import timedelta; from simpledeco import scan; scan.COME = timedelta(seconds=3); scan.processes()'
+    done = run('env', 'WORLD_SIZE=2', *(f'{k}={v}' for k,v in RANKS.items()), sys.executable, '-c', code, cwd=ROOT, check=False, timeout=120)
+    assert done.returncode == 1 and 'OSError: process 0 of 2 does not find the others' in done.stderr

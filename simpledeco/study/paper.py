@@ -29,7 +29,7 @@ def used_numbers(
     paper:Path, # folder with main.tex and sections/
 )->list: # sorted (macro, key) pairs
     "What the paper asks for"
-    text = '\n'.join(p.read_text() for p in sorted([Path(paper)/'main.tex', *(Path(paper)/'sections').glob('*.tex')]))
+    text = '\n'.join(p.read_text(encoding='utf-8') for p in sorted([Path(paper)/'main.tex', *(Path(paper)/'sections').glob('*.tex')]))
     return sorted(set(re.findall(r'\\(num|pct)\{([^}#]+)\}', text)))
 
 # %% ../../nbs/18_paper.ipynb #6b2c8a6c
@@ -102,10 +102,12 @@ if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     parser.add_argument('--readme', nargs=2, metavar=('NOTEBOOK', 'README'), help='write a README from a notebook')
     parser.add_argument('--numbers', action='store_true', help='write paper/numbers.tex')
     args = parser.parse_args()
-    for path in map(Path, args.notebooks): path.write_text(json.dumps(normalise(json.loads(path.read_text())), indent=1, sort_keys=True, ensure_ascii=False) + '\n')
+    for path in map(Path, args.notebooks):
+        plain = normalise(json.loads(path.read_text(encoding='utf-8')))
+        path.write_text(json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
     if args.readme:
         import nbformat # a slow import that a stage of the pipeline can do without
-        Path(args.readme[1]).write_text(readme(nbformat.read(args.readme[0], 4)))
+        Path(args.readme[1]).write_text(readme(nbformat.read(args.readme[0], 4)), encoding='utf-8')
     if args.numbers:
         root = project_root()
         try: (root/'paper/numbers.tex').write_text(numbers_tex(root/'paper', all_numbers(root)), encoding='utf-8')
