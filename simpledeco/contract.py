@@ -27,6 +27,7 @@ def conformal_offset(
     ids, inverse, n = group.unique(return_inverse=True, return_counts=True)
     needed = math.ceil(1/risk - 1 - 1e-9)
     if len(ids) < needed: raise ValueError(f'risk {risk} needs at least {needed} calibration groups, there are {len(ids)}: add groups or accept more risk')
+    if score.isnan().any(): raise ValueError('a score is not a number: the head or the token table is damaged, train or scan again')
     score, order = score.double().sort()
     mass = (1/((len(ids) + 1)*n.double()))[inverse][order].cumsum(0)
     at = int((mass < 1 - risk - 1e-9).sum())
@@ -53,6 +54,7 @@ def calibrate(
     corpora=None, # the corpora that stand for what the head will meet; None: all
 )->'TemperatureHead': # a copy of the head with its offset and risk set
     "Set the offset of a head on the unfiltered calibration split, so that a random token of a new group survives with probability >= 1 - risk (CQR, Romano et al. 2019)"
+    check_fraction('risk', risk)
     rows = table.rows(corpora, ['calibration'])
     delta = conformal_offset(scores(head, table, rows), table['group'][rows], risk)
     if math.isinf(delta): raise ValueError(f'{risk:.1%} of true tokens or more need a temperature above t_max = {head.t_max}: train a head with a larger t_max or accept more risk')

@@ -68,6 +68,7 @@ def scan(
     day = _day(me, path, tokenizer)
     to_ids = encoder(model, tokenizer, max_tokens, day)
     info = _table_info(model, examples, to_ids, batch_tokens, shard_examples, progress and me.is_main_process) | ({} if day is None else dict(day=str(day)))
+    if all('right' in x for x in examples): info['judged'] = True # answers that were judged, not reference text
     with _only_run(path, me, info):
         bar = tqdm(range(me.process_index, -(-len(examples)//shard_examples), me.num_processes), unit='shard', disable=not (progress and me.is_main_process))
         for i in bar:

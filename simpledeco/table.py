@@ -177,7 +177,8 @@ def rows(self:TokenTable,
     corpora=None, # names of corpora; None: all
     splits=None, # names of splits; None: all
 )->torch.Tensor: # [M] row numbers, ascending
-    "The rows of some corpora and splits. Raises `ValueError` when there are none"
+    "The rows of some corpora and splits. Raises `ValueError` when there are none, or for a corpus that the table has not"
+    if unknown := set(corpora or ()) - set(self.corpora): raise ValueError(f'{self.path} has no corpus {", ".join(sorted(unknown))}: it has {", ".join(self.corpora)}')
     keep = [(corpora is None or x['corpus'] in corpora) and (splits is None or x['split'] in splits) for x in self.examples]
     found = torch.tensor(keep)[self['example'].long()].nonzero()[:, 0]
     if not len(found): raise ValueError(f'the token table {self.path} has no tokens of corpora {corpora}, splits {splits}')

@@ -7,6 +7,7 @@ has been trained on real tokens, and its risk has been seen to mean what it says
 __all__ = ['hold_out', 'hinge', 'fit']
 
 # %% ../nbs/03_train.ipynb #train-imports
+import hashlib
 from itertools import islice
 
 import torch
@@ -19,12 +20,22 @@ from .loss import minimum_sufficient_hinge, required_temperature
 def hold_out(
     table, # a TokenTable
     rows:torch.Tensor, # [M] rows of the training split
-    every:int=10, # one conversation in so many
+    every:int=10, # one group in so many, on average
 ):
-    "Split rows by conversation into (fit, held out). Raises `ValueError` when a part is empty"
-    held = table['example'][rows] % every == 0
-    if held.all() or not held.any(): raise ValueError(f'too few conversations to hold out one in {every}: scan more examples')
+    "Split rows by group into (fit, held out). Raises `ValueError` when there is only one group"
+    example = table['example'][rows].long()
+    at = {i: _hash(table.examples[i], every) for i in example.unique().tolist()}
+    places = sorted(set(at.values()))
+    if len(places) < 2: raise ValueError('too few conversations: all are of one group, and one must be held out; scan conversations of more groups')
+    last = min(max(places[0], 1.), places[-2]) # neither side is empty
+    held = torch.tensor([at.get(i, 0) <= last for i in range(len(table.examples))])[example]
     return rows[~held], rows[held]
+
+# %% ../nbs/03_train.ipynb #hold-out-hash
+def _hash(example, every):
+    "A number in [0, every) that depends on the group alone"
+    name = f"held out {example['corpus']}: {example['group']}"
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)*every/2**256
 
 # %% ../nbs/03_train.ipynb #e1b4d0c2
 def hinge(min_p, risk):
@@ -49,6 +60,7 @@ def fit(
     curve:list|None=None, # receives one dict for each point of the learning curve
 )->TemperatureHead:
     "Train a temperature head on the training split of a token table"
+    _check_options(lr, steps)
     kept, held = _prepare(table, corpora, select, seed)
     loss = loss or hinge(min_p, risk)
     torch.manual_seed(seed)
@@ -57,9 +69,21 @@ def fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step,(x,rows) in enumerate(_read(head, table, batches(kept, batch, steps, seed)), 1):
         value = loss(head(x), table, rows)
+        _check_loss(value, step - 1, lr)
         optimizer.zero_grad(); value.backward(); optimizer.step(); schedule.step()
         if curve is not None and (step == 1 or step % max(1, steps//20) == 0): curve.append(dict(step=step, train_loss=value.item(), **_score(head, table, held)))
+    _check_loss(torch.stack([p.sum() for p in head.parameters()]).sum(), steps, lr) # NaN or infinite if any weight is
     return head.eval()
+
+# %% ../nbs/03_train.ipynb #check-training
+def _check_options(lr, steps):
+    if not 0 < lr <= 1: raise ValueError(f'lr is {lr!r}: a learning rate is positive and at most 1, such as 0.001')
+    if steps < 1: raise ValueError(f'steps is {steps!r}: at least one is needed')
+
+def _check_loss(value, done, lr):
+    if torch.isfinite(value): return
+    if not done: raise ValueError('the loss is not finite before the first step: the token table has values that are not numbers, scan again')
+    raise ValueError(f'training diverged after {done} steps: use a smaller learning rate than {lr:g}')
 
 # %% ../nbs/03_train.ipynb #read-many-batches
 def _read(head, table, drawn, block=64):

@@ -7,12 +7,13 @@ know how `data/` is made and checked."""
 __all__ = ['to_jsonl', 'pinned_hashes', 'build_data', 'load_examples', 'load_prompts', 'main']
 
 # %% ../../nbs/43_data.ipynb #study-data-imports
-import hashlib, json, os, sys
+import hashlib, json, sys
 from pathlib import Path
 
 import yaml
 
 from ..conversations import SPLITS
+from ..files import json_lines, write_whole
 from .corpora import CORPORA, make_corpus
 from .prompts import make_prompts
 from .settings import check_params, check_profiles, load_params, project_root
@@ -50,10 +51,7 @@ def _write_checked(path, content, pins):
                          'reinstall with `make setup`, or restore data.dvc with git; if the change is intended, run `dvc commit data.dvc`')
     if path.exists() and path.read_bytes() != content:
         raise ValueError(f'data/{path.name} has been changed since it was built: delete it and run `make data`')
-    if not path.exists():
-        tmp = path.with_suffix(f'.{os.getpid()}.tmp')
-        tmp.write_bytes(content)
-        os.replace(tmp, path)
+    if not path.exists(): write_whole(path, lambda tmp: tmp.write_bytes(content))
     return path
 
 # %% ../../nbs/43_data.ipynb #b0534962
@@ -67,7 +65,7 @@ def load_examples(
     for name in corpora:
         path = Path(root)/'data'/f'{name}.jsonl'
         if not path.exists(): raise FileNotFoundError(f'{path} is missing: run `make data`')
-        xs = [json.loads(l) for l in path.read_text(encoding='utf-8').splitlines()]
+        xs = [x for _,x in json_lines(path)]
         for s in SPLITS: out += _spread([x for x in xs if x['split'] == s], max_examples)
     return out
 
@@ -84,7 +82,7 @@ def load_prompts(
     "Read prompts from data/prompts.jsonl"
     path = Path(root)/'data/prompts.jsonl'
     if not path.exists(): raise FileNotFoundError(f'{path} is missing: run `make data`')
-    xs = [json.loads(l) for l in path.read_text(encoding='utf-8').splitlines()]
+    xs = [x for _,x in json_lines(path)]
     names = corpora or dict.fromkeys(x['corpus'] for x in xs)
     return [x for name in names for s in splits for x in _spread([x for x in xs if x['corpus'] == name and x['split'] == s], max_prompts)]
 
