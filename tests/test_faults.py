@@ -246,7 +246,7 @@ def outcome(work, good):
     try: return 'right' if work() == good else 'silent'
     except (ValueError, OSError) as e:
         last = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
-        return 'named' if last.parent.name == 'simpledeco' and len(str(e)) > 15 else f'deep: {type(e).__name__} {e}'
+        return 'named' if ROOT/'simpledeco' in last.parents and len(str(e)) > 15 else f'deep: {type(e).__name__} {e}'
     except Exception as e: return f'deep: {type(e).__name__} {e}'
 
 

@@ -1,6 +1,6 @@
 """Every text architecture that transformers can build small from a configuration: what the pre-scan writes down is the model's own, padded or
 not, or the class is refused by name. SIMPLEDECO_ALL_MODELS=1 takes all of them instead of one in six"""
-import inspect, os, zlib
+import copy, inspect, os, zlib
 
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
@@ -31,9 +31,11 @@ def small(kind):
     of = lambda config: {k: v for k,v in SIZES.items() if isinstance(getattr(config, k, None), int)}
     text = getattr(default, 'text_config', None)
     sizes = of(default) if text is None else dict(text_config=text.to_dict() | of(text))
+    config = AutoConfig.for_model(kind, **sizes | extra)
+    with torch.device('meta'): drawn = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if sum(w.numel() for w in drawn.parameters()) > 3e7: raise ValueError('too large for a test')
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | extra)).eval()
-    if sum(w.numel() for w in model.parameters()) > 3e7: raise ValueError('too large for a test')
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad(): model.get_output_embeddings().weight.mul_(20)
     return model
 
