@@ -49,7 +49,7 @@ def conversations():
 
 def own_gaps(model, ids, where):
     "z_max - z_true from the model's own logits, a text at a time and without padding"
-    with torch.no_grad(): z = model(input_ids=torch.tensor([ids])).logits[0].float()
+    with torch.no_grad(): z = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
     return torch.stack([z[i-1].max() - z[i-1, ids[i]] for i in where])
 
 
