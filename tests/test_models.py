@@ -20,7 +20,7 @@ SIZES = dict(vocab_size=V, hidden_size=64, d_model=64, n_embd=64, dim=64, embedd
              num_heads=4, decoder_attention_heads=4, encoder_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
              n_positions=128, max_seq_len=128, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
              q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-EXTRA = dict(minicpm3=dict(dim_model_base=16), opt=dict(word_embed_proj_dim=32), bert=dict(is_decoder=True), rwkv=dict(attention_hidden_size=64))
+EXTRA = dict(minicpm3=dict(dim_model_base=16), opt=dict(word_embed_proj_dim=32), bert=dict(is_decoder=True), rwkv=dict(attention_hidden_size=64), gemma3={}, qwen3_next={})
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CHOSEN = KINDS if os.environ.get('SIMPLEDECO_ALL_MODELS') else [k for k in KINDS if k in EXTRA or zlib.crc32(k.encode()) % 6 == 0]
 
