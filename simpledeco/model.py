@@ -51,8 +51,8 @@ def load_model(
     name, revision = split_source(str(path))
     place = dict(device_map=_checked_device(device)) if device != 'cpu' else {}
     options = dict(revision=revision, trust_remote_code=False)
-    model, loaded = _whole(path, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype), output_loading_info=True,
-                                                                              **options, **place))
+    place |= dict(dtype=torch_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True) # those are refused by name below
+    model, loaded = _whole(path, lambda: AutoModelForCausalLM.from_pretrained(name, **options, **place))
     _check_whole(path, model, loaded)
     return model.eval().requires_grad_(False), _whole(path, lambda: AutoTokenizer.from_pretrained(name, **options))
 
