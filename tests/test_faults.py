@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from simpledeco import cli
+from simpledeco.buckets import all_rows
 from simpledeco.contract import calibrate, coverage
 from simpledeco.study.data import load_examples
 from simpledeco.head import TemperatureHead
@@ -327,7 +328,7 @@ def tabled(tmp_path_factory, smoke):
 
 def work_on(folder):
     "What train and calibrate do with a table"
-    head = fit(TokenTable(folder), steps=2, width=0, reads='both')
+    head = fit(TokenTable(folder), steps=2, width=0, reads='both', select=all_rows)
     return state(head) | dict(calibrated=calibrate(head, TokenTable(folder), .5).offset.item())
 
 
