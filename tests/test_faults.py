@@ -29,7 +29,7 @@ def smoke():
     return load_model(build_model(p.model, ROOT/'models/smoke', p.sha256))
 
 
-@pytest.mark.parametrize('key, value, message', [('profile', 'embeded', 'unknown profile'), ('risk', '1.5', 'risk is 1.5'), ('min_p', '0', 'min_p is 0'),
+@pytest.mark.parametrize('key, value, message', [('profiles', '[embeded]', 'unknown profile'), ('risk', '1.5', 'risk is 1.5'), ('min_p', '0', 'min_p is 0'),
                                                  ('train_corpora', 'maths poems', "unknown corpus 'poems'"), ('steps', 'many', "steps is 'many'")])
 def test_bad_parameters_stop_before_any_work(tmp_path, key, value, message):
     for name in ('settings.ini', 'params.yaml', 'data.dvc'): (tmp_path/name).write_text((ROOT/name).read_text())
