@@ -29,7 +29,8 @@ def _of_hub(p, names, most):
     sources = corpus_sources(p.root)
     for name in names:
         if name not in SCHEMAS or name not in sources:
-            raise ValueError(f'settings.ini [{p.name}] corpora: {name!r} is not in [corpora] or has no schema; '
+            raise ValueError(f'settings.ini [{p.name}] corpora: {name!r} is '
+                             'not in [corpora] or has no schema; '
                              f'there are {", ".join(SCHEMAS)}')
     return [x for name in names for x in hub_corpus(name, sources[name], most, p.root)]
 
@@ -47,7 +48,7 @@ def profile_prompts(
     most:int, # at most so many of each corpus and split
     splits=SPLITS, # which splits
     corpora=None, # which corpora; None: all
-)->list: # dicts with id, corpus, split, group, messages (the last is the user's), answer (None for an open prompt) and check
+)->list: # dicts with id, corpus, split, group, messages, answer (None for an open prompt) and check
     "The prompts of a profile, in a fixed order"
     if not p.corpora: return load_prompts(p.root, most, splits, corpora)
     found = _of_hub(p, corpora or p.corpora.split(), most)
