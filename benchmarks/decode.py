@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from simpledeco.decode import attach, sampling
 from simpledeco.head import TemperatureHead
-from simpledeco.model import fingerprint, load_model
+from simpledeco.model import fingerprint, load_model, sizes
 from simpledeco.vllm import serve_dir
 
 MODEL = ROOT/'models/embedded'
@@ -110,7 +110,7 @@ def in_vllm(llm, batch, calls):
 def measure(folder, reads, calls, tmp):
     "(name, result) for both libraries, and in vLLM for every size of the batch"
     model, tokenizer = load_model(folder)
-    head = TemperatureHead(model.config.hidden_size, reads=reads, base_model=fingerprint(model)).eval()
+    head = TemperatureHead(sizes(model)[0], reads=reads, base_model=fingerprint(model)).eval()
     yield f'transformers, {reads}, batch 16', in_transformers(model, tokenizer, head, 16, calls[16])
     head.save_pretrained(tmp/'head')
     del model

@@ -32,7 +32,7 @@ from simpledeco.conversations import encoder
 from simpledeco.decode import attach, sampling
 from simpledeco.head import TemperatureHead
 from simpledeco.loss import minimum_sufficient_hinge, required_temperature
-from simpledeco.model import fingerprint, load_model
+from simpledeco.model import fingerprint, load_model, sizes
 from simpledeco.onpolicy import fit_answers, on_policy
 from simpledeco.scan import _batches, _scan_batch, scan
 from simpledeco.study.decoders import DECODERS, Texts
@@ -90,16 +90,14 @@ def random_model(shape, device):
 def forced(model, ids, new, **options):
     "`generate` that writes exactly `new` tokens"
     lengths = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, **lengths,
-                          **options)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **lengths, **options)
 
 
 def written(m):
     "Conversations that a random model wrote itself, each token among the 64 likeliest"
     ids = torch.randint(3, m.model.config.vocab_size, (m.conversations, m.asked), device=m.device)
-    texts = forced(m.model, ids, m.answered, top_k=64).tolist()
-    same = dict(corpus='own', split='train', messages=[],
-                where=list(range(m.asked, m.asked + m.answered)))
+    texts = forced(m.model, ids, m.answered, do_sample=True, top_k=64).tolist()
+    same = dict(corpus='own', split='train', messages=[], where=list(range(m.asked, m.asked + m.answered)))
     return [dict(same, id=str(i), group=str(i), ids=text) for i,text in enumerate(texts)]
 
 
@@ -181,21 +179,18 @@ def heads_turn(seen):
 
 
 def decoding(m, reads, batch):
-    """Steps of `generate` with a head over those with a static temperature and the same min-p, in
-    turns in one text"""
-    size = m.model.config.hidden_size
-    head = TemperatureHead(size, reads=reads, width=HEADS[reads],
-                           base_model=fingerprint(m.model)).eval()
+    "Steps of `generate` with a head over those with a static temperature and the same min-p, in turns in one text"
+    head = TemperatureHead(sizes(m.model)[0], reads=reads, width=HEADS[reads], base_model=fingerprint(m.model)).eval()
     attachment, seen, static = attach(m.model, head), [], TemperatureLogitsWarper(T)
     attachment.remove() # it is called by hand, at every second step
     def hook(module, args, logits):
         seen.append(clock(m.device))
         return attachment(module, args, logits) if heads_turn(seen) else logits
     turn = lambda ids, scores: scores if heads_turn(seen) else static(ids, scores)
-    processors = LogitsProcessorList([turn, *sampling(head)['logits_processor']])
+    options = sampling(head) | dict(logits_processor=LogitsProcessorList([turn])) # its min-p comes after
     ids = torch.randint(3, m.model.config.vocab_size, (batch, m.asked), device=m.device)
     def steps():
-        seen.clear(); forced(m.model, ids, SKIP + STEPS + 1, top_k=0, logits_processor=processors)
+        seen.clear(); forced(m.model, ids, SKIP + STEPS + 1, **options)
         return np.diff(seen)[SKIP:SKIP + STEPS]
     handle = m.model.get_output_embeddings().register_forward_hook(hook)
     try:

@@ -15,7 +15,7 @@ from simpledeco.conversations import encode
 from simpledeco.study.data import load_examples
 from simpledeco.decode import attach, min_p_filter, sampling
 from simpledeco.head import TemperatureHead
-from simpledeco.model import fingerprint, load_model
+from simpledeco.model import fingerprint, load_model, sizes
 from simpledeco.study.models import build_model
 from simpledeco.scan import _batches, _scan_batch
 from simpledeco.study.settings import load_profile, project_root
@@ -109,7 +109,7 @@ def sampler(vocabulary, batch=16, rounds=20):
 
 def decode(model, tokenizer, reads, batch=16, new=8, rounds=40, temperature=.7):
     "The same engine and the same min-p filter, with a head and with a static temperature"
-    head = TemperatureHead(model.config.hidden_size, reads=reads, base_model=fingerprint(model)).eval()
+    head = TemperatureHead(sizes(model)[0], reads=reads, base_model=fingerprint(model)).eval()
     ids = tokenizer(['The capital of France is']*batch, return_tensors='pt').input_ids
     options = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, do_sample=True, top_k=0)
 

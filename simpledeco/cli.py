@@ -233,23 +233,17 @@ def _sources(examples):
         raise ValueError(f'{found[0]}: {e}') from e
 
 # %% ../nbs/35_cli.ipynb #check-prompt
-def _check_prompt(model, tokenizer, messages, source):
-    "Raise `ValueError`, naming the source, unless the model can answer these messages"
-    from jinja2 import TemplateError
+def _asked(model, tokenizer, messages, source):
+    "The token ids of a prompt. Raises `ValueError`, naming the source, unless the model can answer it"
     from simpledeco.conversations import prompt_ids
-    try: json.dumps(messages, ensure_ascii=False).encode(); ids = prompt_ids(tokenizer, [messages])[0]
-    except (TemplateError, ValueError, TypeError) as e:
-        raise ValueError(f'{source} cannot be tokenised ({e}): change or drop it') from e
-    context = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if not ids:
-        raise ValueError(f'{source} is not one token long, so that the model has nothing to answer')
+    from simpledeco.model import context_length
+    with naming(source): ids = prompt_ids(tokenizer, [messages])[0]
+    context, vocabulary = context_length(model), model.get_input_embeddings().weight.shape[0]
+    if not ids: raise ValueError(f'{source} is not one token long, so that the model has nothing to answer')
     if max(ids) >= vocabulary:
-        raise ValueError(f"{source} has token {max(ids)}, the model's vocabulary "
-                         f"has {vocabulary}: tokenizer and model do not belong together")
-    if len(ids) >= (context or 1 << 30):
-        raise ValueError(f"{source} has {len(ids)} tokens but the model's "
-                         f"context is {context}: shorten or drop it")
+        raise ValueError(f"{source} has token {max(ids)}, the model's vocabulary has {vocabulary}: tokenizer and model do not belong together")
+    if len(ids) >= context: raise ValueError(f"{source} has {len(ids)} tokens but the model's context is {context}: shorten or drop it")
+    return ids
 
 # %% ../nbs/35_cli.ipynb #note-source
 def _note_source(out, name, model):
@@ -351,11 +345,9 @@ def answer(model:Model, out:Out, data:Prompts,
     _check_out(out)
     prompts = _read_all(data, read_prompts, max_prompts, ['train'])
     loaded, tokenizer = _load(model, dtype, device)
-    for x in prompts: _check_prompt(loaded, tokenizer, x['messages'], x['source'])
-    made = _made_from(loaded, prompts, samples=samples, max_new_tokens=max_new_tokens, seed=seed,
-                      dtype=dtype)
-    examples = _answers(out, made, lambda: on_policy(loaded, tokenizer, prompts, samples,
-                                                     max_new_tokens, seed=seed))
+    for x in prompts: _asked(loaded, tokenizer, x['messages'], x['source'])
+    made = _made_from(loaded, prompts, samples=samples, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype)
+    examples = _answers(out, made, lambda: on_policy(loaded, tokenizer, prompts, samples, max_new_tokens, seed=seed))
     with _sources(examples): table = scan(loaded, tokenizer, examples, out)
     _note_source(out, model, loaded)
     judged = [x['right'] for x in examples if x['answer'] is not None]
@@ -430,14 +422,14 @@ def _coverage_table(found):
 def generate(head:Head, model:Model, prompt:str, scale:Scale=1.0, max_new_tokens:MostNew=200,
              seed:Seed=0, dtype:Dtype='float32', device:Device='', other_model:OtherModel=False):
     "Answer a prompt, each token at its own temperature."
+    import torch
     from transformers import logging, set_seed
+    from simpledeco.conversations import end_tokens
     from simpledeco.decode import attach, sampling
     from simpledeco.head import TemperatureHead
     loaded, tokenizer = _load(model, dtype, device)
-    _check_prompt(loaded, tokenizer, [dict(role='user', content=prompt)], 'the prompt')
-    chat = tokenizer.apply_chat_template([dict(role='user', content=prompt)],
-                                         add_generation_prompt=True, return_tensors='pt',
-                                         return_dict=True).to(loaded.device)
+    ids = torch.tensor([_asked(loaded, tokenizer, [dict(role='user', content=prompt)], 'the prompt')], device=loaded.device)
+    ends = end_tokens(loaded, tokenizer)
     decoder, seen = TemperatureHead.from_pretrained(head), []
     watch = lambda module, args, z: seen.append(
         scale*decoder.temperature(decoder.live_inputs(args[0][:, -1], z[:, -1])).item())
@@ -445,9 +437,8 @@ def generate(head:Head, model:Model, prompt:str, scale:Scale=1.0, max_new_tokens
         # sees the logits before the head divides them
         loaded.get_output_embeddings().register_forward_hook(watch, prepend=True)
         set_seed(seed); logging.set_verbosity_error() # it warns of arguments beside a configuration
-        loaded.generate(**chat, max_new_tokens=max_new_tokens,
-                        streamer=ColourStream(tokenizer, seen, console),
-                        pad_token_id=tokenizer.eos_token_id, **sampling(decoder))
+        loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
+                        streamer=ColourStream(tokenizer, seen, console), **sampling(decoder))
 
 # %% ../nbs/35_cli.ipynb #check-talk
 def _check_talk(model, tokenizer, messages):

@@ -12,7 +12,6 @@ import json, os, zlib
 from collections import Counter
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 # %% ../nbs/21_files.ipynb #62ce8e23
@@ -41,9 +40,10 @@ def sweep(
 
 # %% ../nbs/21_files.ipynb #db94ba5f
 def checksum(
-    x:torch.Tensor, # of any shape and type, on any device
+    x, # a tensor of any shape and type, on any device
 )->int: # CRC-32 of its bytes
     "What a tensor is compared with when it is read again"
+    import torch # commands that read no tensor do not wait for it
     return zlib.crc32(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 # %% ../nbs/21_files.ipynb #json-whole-code

@@ -50,7 +50,7 @@ def _scan_batch(model, encoded, numbers):
     r = torch.tensor([row for row,(_,where) in enumerate(encoded) for _ in where], dtype=torch.long)
     c = torch.tensor([i for _,where in encoded for i in where], dtype=torch.long)
     pick = lambda hidden: hidden[r.to(hidden.device), c.to(hidden.device)-1]
-    hidden, logits, _ = read_output(model, pick, input_ids=ids.to(dev), attention_mask=mask.to(dev))
+    hidden, logits, _ = read_output(model, pick, input_ids=ids.to(dev), attention_mask=mask.to(dev), use_cache=False)
     stats = token_statistics(logits, ids[r, c].to(logits.device))
     return dict(stats, hidden=hidden, example=torch.tensor(numbers)[r].int(), position=c.int())
 

@@ -9,10 +9,11 @@ from conftest import ROOT, run
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from simpledeco import cli
 from simpledeco.contract import calibrate, coverage
 from simpledeco.study.data import load_examples
 from simpledeco.head import TemperatureHead
-from simpledeco.files import checksum
+from simpledeco.files import checksum, write_whole
 from simpledeco.model import fingerprint, load_model
 from simpledeco.study.models import build_model
 from simpledeco.scan import scan
@@ -79,6 +80,22 @@ def evaluating(out):
     (out/'coverage.json').write_text(json.dumps(result))
 
 
+def answering(out):
+    "Ask, judge and scan, as the command does; whatever a kill leaves is no table of reference text"
+    if (out/'answers').exists(): trained(out)
+    asked = out.parent/'asked.jsonl'
+    questions = [dict(split='train', messages=[dict(role='user', content=f'Tell me about {i}.')]) for i in range(40)]
+    if not asked.exists(): write_whole(asked, lambda tmp: tmp.write_text('\n'.join(map(json.dumps, questions))))
+    cli.answer(str(ROOT/'models/smoke'), out/'answers', [str(asked)], samples=4, max_new_tokens=16)
+
+
+def trained(out):
+    "Train on what there is: a head of judged answers, or a refusal that says what to do"
+    try: cli.train(out/'answers', out/'head', steps=2)
+    except (ValueError, OSError) as e: assert any(words in str(e) for words in ('scan', 'run `simpledeco answer` again')), e
+    else: assert TemperatureHead.from_pretrained(out/'head').reads == 'hidden'
+
+
 def small_files(out):
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
     scanning(out)
@@ -98,7 +115,7 @@ def job(work, out, ready):
 # a server that has imported everything already starts each process, so that a kill costs what the
 # work costs
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['simpledeco.contract', 'simpledeco.scan', 'simpledeco.train'])
+SERVER.set_forkserver_preload(['simpledeco.contract', 'simpledeco.onpolicy', 'simpledeco.scan', 'simpledeco.train'])
 
 
 def start(work, out):
@@ -126,15 +143,14 @@ def contents(folder):
 def whole(tmp_path_factory, smoke):
     "What undisturbed runs give, and how long each takes"
     folder, seconds = tmp_path_factory.mktemp('faults'), {}
-    for work in (scanning, training, evaluating):
+    for work in (scanning, training, evaluating, answering):
         begin = time.time()
         assert finish(work, folder/'whole') == 0
         seconds[work] = time.time() - begin
     return folder, seconds
 
 
-@pytest.mark.parametrize('work, made',
-                         [(scanning, 'table'), (training, 'head'), (evaluating, 'coverage.json')])
+@pytest.mark.parametrize('work, made', [(scanning, 'table'), (training, 'head'), (evaluating, 'coverage.json'), (answering, 'answers')])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(whole, work, made):
     "kill -9 at random moments, again and again; then one run to the end"
     folder, seconds = whole
@@ -278,8 +294,7 @@ def outcome(work, good):
     try: return 'right' if work() == good else 'silent'
     except (ValueError, OSError) as e:
         last = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
-        return ('named' if last.parent.name == 'simpledeco'
-                and len(str(e)) > 15 else f'deep: {type(e).__name__} {e}')
+        return 'named' if ROOT/'simpledeco' in last.parents and len(str(e)) > 15 else f'deep: {type(e).__name__} {e}'
     except Exception as e: return f'deep: {type(e).__name__} {e}'
 
 

@@ -1,7 +1,6 @@
-"""Every text architecture that transformers can build small from a configuration: what the pre-scan
-writes down is the model's own, padded or not, or the class is refused by name.
-SIMPLEDECO_ALL_MODELS=1 takes all of them instead of one in six"""
-import inspect, os, zlib
+"""Every text architecture that transformers can build small from a configuration: what the pre-scan writes down is the model's own, padded or
+not, or the class is refused by name. SIMPLEDECO_ALL_MODELS=1 takes all of them instead of one in six"""
+import copy, inspect, os, zlib
 
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
@@ -15,20 +14,13 @@ from simpledeco.scan import _scan_batch
 
 V = 320
 # the names that configurations have for one thing, and a size that all architectures take
-SIZES = dict(vocab_size=V, hidden_size=64, d_model=64, n_embd=64, dim=64, embedding_size=64,
-             word_embed_proj_dim=64, intermediate_size=64, ffn_dim=64, n_inner=64,
-             decoder_ffn_dim=64, encoder_ffn_dim=64, moe_intermediate_size=32,
-             shared_expert_intermediate_size=32, expert_ffn_hidden_size=32,
-             num_hidden_layers=4, n_layer=4, n_layers=4, num_layers=4, decoder_layers=2,
-             encoder_layers=2, num_attention_heads=4, n_head=4, n_heads=4,
-             num_heads=4, decoder_attention_heads=4, encoder_attention_heads=4,
-             num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
-             n_positions=128, max_seq_len=128, num_experts=4, num_local_experts=4,
-             n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-             q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16,
-             v_head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-EXTRA = dict(minicpm3=dict(dim_model_base=16), opt=dict(word_embed_proj_dim=32),
-             bert=dict(is_decoder=True), rwkv=dict(attention_hidden_size=64))
+SIZES = dict(vocab_size=V, hidden_size=64, d_model=64, n_embd=64, dim=64, embedding_size=64, word_embed_proj_dim=64, intermediate_size=64, ffn_dim=64, n_inner=64,
+             decoder_ffn_dim=64, encoder_ffn_dim=64, moe_intermediate_size=32, shared_expert_intermediate_size=32, expert_ffn_hidden_size=32,
+             num_hidden_layers=4, n_layer=4, n_layers=4, num_layers=4, decoder_layers=2, encoder_layers=2, num_attention_heads=4, n_head=4, n_heads=4,
+             num_heads=4, decoder_attention_heads=4, encoder_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
+             n_positions=128, max_seq_len=128, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+             q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+EXTRA = dict(minicpm3=dict(dim_model_base=16), opt=dict(word_embed_proj_dim=32), bert=dict(is_decoder=True), rwkv=dict(attention_hidden_size=64), gemma3={}, qwen3_next={})
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CHOSEN = (KINDS if os.environ.get('SIMPLEDECO_ALL_MODELS')
           else [k for k in KINDS if k in EXTRA or zlib.crc32(k.encode()) % 6 == 0])
@@ -40,9 +32,11 @@ def small(kind):
     of = lambda config: {k: v for k,v in SIZES.items() if isinstance(getattr(config, k, None), int)}
     text = getattr(default, 'text_config', None)
     sizes = of(default) if text is None else dict(text_config=text.to_dict() | of(text))
+    config = AutoConfig.for_model(kind, **sizes | extra)
+    with torch.device('meta'): drawn = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if sum(w.numel() for w in drawn.parameters()) > 3e7: raise ValueError('too large for a test')
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | extra)).eval()
-    if sum(w.numel() for w in model.parameters()) > 3e7: raise ValueError('too large for a test')
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad(): model.get_output_embeddings().weight.mul_(20)
     return model
 
@@ -56,7 +50,7 @@ def conversations():
 
 def own_gaps(model, ids, where):
     "z_max - z_true from the model's own logits, a text at a time and without padding"
-    with torch.no_grad(): z = model(input_ids=torch.tensor([ids])).logits[0].float()
+    with torch.no_grad(): z = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
     return torch.stack([z[i-1].max() - z[i-1, ids[i]] for i in where])
 
 
