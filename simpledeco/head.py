@@ -46,7 +46,7 @@ def logit_features(
                       nucleus_gap(gap, p, RISKS)/math.log(1/check_fraction('min_p', min_p))], -1)
 
 # %% ../nbs/02_head.ipynb #check-arguments
-def _check_arguments(hidden_size, width, base_model, t_min, t_max, record):
+def _check_arguments(hidden_size, width, base_model, t_min, t_max, record, by):
     "Raise `ValueError` for what is no head"
     whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= 1e6
@@ -58,6 +58,8 @@ def _check_arguments(hidden_size, width, base_model, t_min, t_max, record):
     if not (number(t_min) and number(t_max) and 0 < t_min < t_max):
         raise ValueError(f't_min is {t_min!r} and t_max {t_max!r}: 0 < t_min '
                          '< t_max <= 1,000,000 must hold')
+    if by not in ('token', 'prompt'):
+        raise ValueError(f"by is {by!r}: a head has one temperature by 'token' or by 'prompt'")
     if not isinstance(base_model, str) or not isinstance(record, dict | None):
         raise ValueError(f'base_model is {base_model!r} and record {record!r}: '
                          'a text and a dict are needed')
@@ -65,7 +67,7 @@ def _check_arguments(hidden_size, width, base_model, t_min, t_max, record):
 # %% ../nbs/02_head.ipynb #f3a7c7eb
 class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco',
                       tags=['temperature', 'min-p', 'decoding'], license='apache-2.0'):
-    "One temperature per token"
+    "One temperature for each token, or for each prompt"
     def __init__(self,
         hidden_size:int, # d, of the base model
         width:int=128, # hidden units; 0: a linear head
@@ -76,15 +78,17 @@ class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco'
         t_min:float=0.01, # temperatures are clamped to [t_min, t_max]; at t_min min-p is greedy
         t_max:float=10.0,
         record:dict|None=None, # where it comes from: model, revision, corpora, tokens, calibration, coverage
+        by:str='token', # 'token': it reads every token; 'prompt': it reads where the answer begins, once
     ):
         super().__init__()
-        _check_arguments(hidden_size, width, base_model, t_min, t_max, record)
+        _check_arguments(hidden_size, width, base_model, t_min, t_max, record, by)
         sizes = dict(logits=2 + len(RANKS) + len(RISKS), hidden=hidden_size,
                      both=hidden_size + 2 + len(RANKS) + len(RISKS))
         if reads not in sizes:
             raise ValueError(f"reads is {reads!r}: a head reads 'logits', 'hidden' or 'both'")
         self.hidden_size = hidden_size
         self.reads = reads
+        self.by = by
         self.base_model = base_model
         self.t_min = t_min
         self.t_max = t_max
@@ -139,7 +143,8 @@ def inputs(self:TemperatureHead,
     table, # a TokenTable
     rows:torch.Tensor, # [M] row numbers
 )->torch.Tensor: # [M, 13], [M, d] or [M, d + 13]
-    "The inputs of the head from a token table"
+    "The inputs of the head from a token table; a head by prompt reads where the answer begins"
+    if self.by == 'prompt': rows = table.begins(rows)
     return self._join(lambda: table.take('hidden', rows), lambda: table.take('top_logits', rows))
 
 

@@ -33,6 +33,7 @@ class Step:
     prompt:torch.Tensor # [R] the place of its prompt in `first`, the same at every step
     first:tuple # hidden states [P, d] and logits [P, V] where the answers to the prompts begin
     state:dict # the rule's own: empty when the texts begin, then what the rule has put there
+    asked:torch.Tensor|None = None # [R] the number of its prompt, in the order in which they were asked
     @property
     def first_hidden(self): return self.first[0][self.prompt]
     @property
@@ -58,9 +59,12 @@ def head_rule(
     scale:float=1.0, # multiplies every temperature
 ): # a rule
     "The temperatures of a head, as `attach` would apply them, and its min-p"
-    return lambda step: tempered(step.logits,
-                                 scale*head.temperature(head.live_inputs(step.hidden, step.logits)),
-                                 min_p=head.min_p)
+    def rule(step):
+        first = step.first_hidden, step.first_logits
+        read = (step.hidden, step.logits) if head.by == 'token' else first
+        T = scale*head.temperature(head.live_inputs(*read))
+        return tempered(step.logits, T, min_p=head.min_p)
+    return rule
 
 # %% ../nbs/29_sample.ipynb #common-noise-hash
 def _hash(x):
@@ -214,6 +218,7 @@ class _Writer:
         self.keys = torch.tensor(keys, device=device)
         self.out = [[] for _ in range(len(encoded)*self.copies)]
         self.nll, self.states = torch.zeros(len(self.out), device=device), [{} for _ in rules]
+        self.block = BLOCK if model.device.type == 'cpu' else rows # a processor's cache holds the logits of a few rows
         self.cache = _cache(model, rows, max(map(len, encoded)) + max_new_tokens)
         # of each row
         self.text, self.token, self.place = torch.zeros(3, 0, dtype=torch.long, device=device)
@@ -227,9 +232,9 @@ def pick(self:_Writer, hidden, logits, text, place):
     position = torch.tensor([len(self.out[t]) for t in text.tolist()], device=text.device)
     key = self.keys[text//self.copies, text % self.n]
     for k in which.unique().tolist():
-        for here in (which == k).nonzero()[:, 0].split(BLOCK):
+        for here in (which == k).nonzero()[:, 0].split(self.block):
             here = slice(int(here[0]), int(here[-1]) + 1)
-            step = Step(hidden[here], logits[here], text[here], place[here], self.first, self.states[k])
+            step = Step(hidden[here], logits[here], text[here], place[here], self.first, self.states[k], text[here]//self.copies)
             token[here] = self.pick_block(k, step, key[here], position[here])
     for t,new in zip(text.tolist(), token.tolist()): self.out[t].append(new)
     return token, ~torch.isin(token, self.ends) & (position + 1 < self.most)
@@ -295,7 +300,7 @@ def sample(
     n:int=4, # answers for each prompt and rule
     max_new_tokens:int=32,
     seed:int=0,
-    rows:int=192, # texts that are written at the same time
+    rows:int|None=None, # texts that are written at the same time; None: 192 on a CPU, 8,192 on a GPU
     progress:bool=True, # show a progress bar
 )->dict: # {rule: [[Answer]*n for each prompt]}
     """Sample n answers to each prompt with each rule. Raises `ValueError` for logits that are not
@@ -303,6 +308,7 @@ def sample(
     if not prompts or not rules:
         raise ValueError('there is nothing to sample: prompts and rules must not be empty')
     encoded = prompt_ids(tokenizer, prompts)
+    rows = rows or (192 if model.device.type == 'cpu' else 8192)
     writer = _Writer(model, encoded, rules, n, max_new_tokens, end_tokens(model, tokenizer),
                      _keys(encoded, n, seed), rows)
     longest_first = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
