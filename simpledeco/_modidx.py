@@ -592,6 +592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'simpledeco.study.tasks': { 'simpledeco.study.tasks._next': ('tasks.html#_next', 'simpledeco/study/tasks.py'),
                                         'simpledeco.study.tasks._number_sets': ('tasks.html#_number_sets', 'simpledeco/study/tasks.py'),
                                         'simpledeco.study.tasks._place_sets': ('tasks.html#_place_sets', 'simpledeco/study/tasks.py'),
+                                        'simpledeco.study.tasks._plain': ('tasks.html#_plain', 'simpledeco/study/tasks.py'),
                                         'simpledeco.study.tasks._word_sets': ('tasks.html#_word_sets', 'simpledeco/study/tasks.py'),
                                         'simpledeco.study.tasks.basic_questions': ( 'tasks.html#basic_questions',
                                                                                     'simpledeco/study/tasks.py'),

@@ -15,13 +15,12 @@ import pandas as pd
 from ..judge import is_right
 from .profiles import task_prompts
 from .tasks import distinct_valid
-from .texts import text_of
 from ..text import distinct_n
 
 # %% ../../nbs/53_strengths.ipynb #plan
 LEARN = ('arithmetic', 'trivia', 'puzzles', 'translations', 'chat', 'story', 'sets', 'symbols', 'elements by symbol', 'next month', 'next day',
          'next letter', 'length of a month', 'number of a month')
-SETS = lambda p: (16, p.answer_tokens)
+SETS = lambda p: (12, p.answer_tokens)
 SHORT, LONG = (lambda p: (4, p.answer_tokens)), (lambda p: (4, p.open_test_tokens))
 BUDGET = dict(facts=SHORT, plain=SHORT, creative=LONG, openly=LONG, inside=LONG, sets=SETS, calibration=SETS)
 
@@ -33,7 +32,7 @@ def plan(
     of = lambda most, split, *corpora: task_prompts(p, most, split, corpora)
     most = p.test_prompts
     return dict(facts=of(most, 'test', *p.primary.split()), plain=of(2*most, 'test', 'plain'), creative=of(2*most, 'test', p.open),
-                openly=of(most, 'test', 'openly'), inside=of(1000, 'test', 'inside'), sets=of(2*most, 'test', 'sets'),
+                openly=of(most, 'test', 'openly'), inside=of(1000, 'test', 'inside'), sets=of(3*most, 'test', 'sets'),
                 calibration=of(2*most, 'calibration', 'sets'))
 
 
@@ -52,7 +51,8 @@ def measured(
     budget:int=48, # texts are cut to so many tokens before their pairs are counted
 )->dict: # good, varied, length
     "How good and how varied some answers to one prompt are"
-    texts, length = [text_of(tokenizer, a) for a in answers], float(np.mean([len(a.tokens) for a in answers]))
+    length = float(np.mean([len(a.tokens) for a in answers]))
+    texts = tokenizer.batch_decode([a.tokens for a in answers], skip_special_tokens=True) if prompt['answer'] else []
     if prompt['corpus'] == 'sets': good, varied = distinct_valid(texts, prompt['answer'])
     else:
         good = float(np.mean([is_right(t, prompt) for t in texts])) if prompt['answer'] else np.nan

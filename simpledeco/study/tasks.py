@@ -9,10 +9,11 @@ __all__ = ['CONTINENTS', 'ASK', 'INSIDE', 'PLAIN', 'OPEN', 'set_prompts', 'first
 
 # %% ../../nbs/50_tasks.ipynb #tasks-imports
 import calendar, keyword, re, unicodedata
+from functools import cache
 from string import ascii_uppercase
 
 from ..conversations import split_of
-from .prompts import country_questions, FORMS, place_questions, TOPICS
+from .prompts import country_questions, place_questions, TOPICS
 
 # %% ../../nbs/50_tasks.ipynb #sets-places
 CONTINENTS = dict(AF='Africa', AS='Asia', EU='Europe', SA='South America', OC='Oceania')
@@ -86,13 +87,17 @@ def set_prompts():
             for ask in ASK: yield 'sets', f'set {family}', ask.format(what), valid
 
 # %% ../../nbs/50_tasks.ipynb #measure
+@cache
+def _plain(text): return ' '.join(['', *re.findall(r'\w+', text.lower()), ''])
+
+
 def first_valid(
     text:str, # what a model wrote
     valid:list, # the valid names
 )->str|None: # one of them
     "The valid name that stands first in a text"
-    plain = lambda s: ' '.join(['', *re.findall(r'\w+', s.lower()), ''])
-    found = [(at, -len(v), v) for v in valid if (at := plain(text).find(plain(v))) >= 0]
+    said = _plain(text)
+    found = [(at, -len(v), v) for v in valid if (at := said.find(_plain(v))) >= 0]
     return min(found)[2] if found else None
 
 
