@@ -532,6 +532,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'simpledeco/study/settings.py')},
             'simpledeco.study.strengths': { 'simpledeco.study.strengths._interval': ( 'strengths.html#_interval',
                                                                                       'simpledeco/study/strengths.py'),
+                                            'simpledeco.study.strengths.cluster': ( 'strengths.html#cluster',
+                                                                                    'simpledeco/study/strengths.py'),
                                             'simpledeco.study.strengths.clustered': ( 'strengths.html#clustered',
                                                                                       'simpledeco/study/strengths.py'),
                                             'simpledeco.study.strengths.compared': ( 'strengths.html#compared',
