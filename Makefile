@@ -72,7 +72,8 @@ clean:
 	rm -rf build/*/ heads tokens models answers judged tasks autodeco data paper/main.pdf
 	cd paper && (latexmk -c -silent 2>/dev/null || true)
 
-# speed and memory as ratios, in benchmarks/results.json, and what a model's own settings take away, in defaults.json; many kills and much bad input, in benchmarks/faults.json and bad_input.json
+# speed and memory as ratios, in benchmarks/results.json, and what a model's own settings take away, in defaults.json; many kills and much bad input, in benchmarks/faults.json and bad_input.json,
+# and every text architecture of transformers, in benchmarks/architectures.json
 .PHONY: bench faults
 bench: setup
 	python benchmarks/run.py
@@ -81,6 +82,7 @@ bench: setup
 faults: setup
 	SIMPLEDECO_KILLS=60 SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_faults.py -k 'killed or fed'
 	SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_bad_input.py
+	SIMPLEDECO_ALL_MODELS=1 python -m pytest tests/test_models.py
 
 # vLLM wants an environment of its own: the wheels that it brings along for pictures and sound do not fit this PyTorch, and text does not need them
 .PHONY: test-vllm bench-vllm

@@ -1,8 +1,10 @@
 """Every text architecture that transformers can build small from a configuration: what the pre-scan writes down is the model's own, padded or
 not, or the class is refused by name. SIMPLEDECO_ALL_MODELS=1 takes all of them instead of one in six"""
-import copy, inspect, os, zlib
+import copy, inspect, json, os, zlib
+from collections import Counter
 
 import pytest, torch
+from conftest import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -14,16 +16,32 @@ from simpledeco.scan import _scan_batch
 
 V = 320
 # the names that configurations have for one thing, and a size that all architectures take
-SIZES = dict(vocab_size=V, hidden_size=64, d_model=64, n_embd=64, dim=64, embedding_size=64, word_embed_proj_dim=64, intermediate_size=64, ffn_dim=64, n_inner=64,
-             decoder_ffn_dim=64, encoder_ffn_dim=64, moe_intermediate_size=32, shared_expert_intermediate_size=32, expert_ffn_hidden_size=32,
-             num_hidden_layers=4, n_layer=4, n_layers=4, num_layers=4, decoder_layers=2, encoder_layers=2, num_attention_heads=4, n_head=4, n_heads=4,
-             num_heads=4, decoder_attention_heads=4, encoder_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
-             n_positions=128, max_seq_len=128, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-             q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-EXTRA = dict(minicpm3=dict(dim_model_base=16), opt=dict(word_embed_proj_dim=32), bert=dict(is_decoder=True), rwkv=dict(attention_hidden_size=64), gemma3={}, qwen3_next={})
+SIZES = (dict.fromkeys(('hidden_size', 'd_model', 'n_embd', 'dim', 'embedding_size', 'word_embed_proj_dim'), 64)
+         | dict.fromkeys(('intermediate_size', 'ffn_dim', 'n_inner', 'decoder_ffn_dim', 'encoder_ffn_dim'), 64)
+         | dict.fromkeys(('moe_intermediate_size', 'shared_expert_intermediate_size', 'expert_ffn_hidden_size'), 32)
+         | dict.fromkeys(('num_hidden_layers', 'n_layer', 'n_layers', 'num_layers'), 4)
+         | dict.fromkeys(('num_attention_heads', 'n_head', 'n_heads', 'num_heads'), 4)
+         | dict.fromkeys(('decoder_attention_heads', 'encoder_attention_heads'), 4)
+         | dict.fromkeys(('max_position_embeddings', 'n_positions', 'max_seq_len'), 128)
+         | dict.fromkeys(('num_experts', 'num_local_experts', 'n_routed_experts'), 4)
+         | dict.fromkeys(('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'head_dim'), 16)
+         | dict(vocab_size=V, decoder_layers=2, encoder_layers=2, num_key_value_heads=2, num_experts_per_tok=2, n_group=1,
+                topk_group=1, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+EXTRA = dict(minicpm3=dict(dim_model_base=16), opt=dict(word_embed_proj_dim=32), bert=dict(is_decoder=True),
+             rwkv=dict(attention_hidden_size=64), gemma3={}, qwen3_next={})
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CHOSEN = (KINDS if os.environ.get('SIMPLEDECO_ALL_MODELS')
           else [k for k in KINDS if k in EXTRA or zlib.crc32(k.encode()) % 6 == 0])
+FOUND = {} # {kind: what came of it}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def report():
+    yield
+    counts = Counter(x.split(':')[0] for x in FOUND.values())
+    print('\narchitectures by outcome:', dict(counts))
+    if len(FOUND) == len(KINDS):
+        (ROOT/'benchmarks/architectures.json').write_text(json.dumps(dict(counts, kinds=FOUND), indent=1) + '\n')
 
 
 def small(kind):
@@ -56,22 +74,31 @@ def own_gaps(model, ids, where):
 
 @pytest.mark.parametrize('kind', CHOSEN)
 def test_the_table_is_the_models_own_or_the_class_is_refused(kind):
+    FOUND[kind] = 'wrong' # until the end
     try: model = small(kind)
-    except Exception as e: pytest.skip(f'cannot be built small: {type(e).__name__}: {str(e)[:80]}')
+    except Exception as e:
+        FOUND[kind] = f'not built small: {type(e).__name__}'
+        pytest.skip(f'cannot be built small: {type(e).__name__}: {str(e)[:80]}')
     try: check_plain_logits(model)
     except ValueError as e:
         assert type(model).__name__ in str(e)
+        FOUND[kind] = f'refused: {" ".join(str(e).split())}'
         return
     texts = conversations()
+    check_table(model, texts)
+    padded = takes_left_padding(model)
+    assert padded == left_padded_is_right(model, texts), 'what the check says of left padding is not so'
+    FOUND[kind] = 'right' if padded else 'right: one prompt at a time'
+
+
+def check_table(model, texts):
+    "What the pre-scan writes down is what the model gives, a text at a time"
     found = _scan_batch(model, texts, [0, 1, 2])
     wanted = torch.cat([own_gaps(model, *x) for x in texts])
     torch.testing.assert_close(found['z_max'] - found['z_true'], wanted, rtol=1e-3, atol=1e-3)
     assert found['hidden'].shape == (len(wanted), sizes(model)[0])
-    with torch.no_grad():
-        torch.testing.assert_close(model.get_output_embeddings()(found['hidden']).amax(-1),
-                                   found['z_max'], rtol=1e-3, atol=1e-3)
-    right = left_padded_is_right(model, texts)
-    assert takes_left_padding(model) == right, 'what the check says of left padding is not so'
+    with torch.no_grad(): again = model.get_output_embeddings()(found['hidden']).amax(-1)
+    torch.testing.assert_close(again, found['z_max'], rtol=1e-3, atol=1e-3)
 
 
 def left_padded_is_right(model, texts):
