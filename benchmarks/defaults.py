@@ -1,8 +1,9 @@
-"""What becomes of a head's promise when a model's own generation settings stay in force beside it: the share of true tokens that can still be drawn, with the settings that popular
-instruct models ship. Writes benchmarks/defaults.json. Run: make bench
+"""What becomes of a head's promise when a model's own generation settings stay in force beside it: the share of true tokens that
+can still be drawn, with the settings that popular instruct models ship. Writes benchmarks/defaults.json. Run: make bench
 
-A true token is a token of a held-out conversation; it is kept if `generate`, given what stands before it, leaves it a probability. What `generate` would do to the logits is taken from
-itself: it hands the processors that it has prepared to the function `custom_generate`.
+A true token is a token of a held-out conversation; it is kept if `generate`, given what stands before it, leaves it a
+probability. What `generate` would do to the logits is taken from itself: it hands the processors that it has prepared to the
+function `custom_generate`.
 """
 import json
 from pathlib import Path
@@ -21,17 +22,19 @@ from simpledeco.study.profiles import model_folder, sample_table
 from simpledeco.study.settings import project_root
 from simpledeco.train import fit
 
-# as in the generation_config.json of each model, on 2026-11-26; `cache_implementation` and the special tokens have no part in this
+# as in the generation_config.json of each model, on 2026-11-26, without what has no part in this
 SHIPPED = {'none': {},
-           'Qwen/Qwen2.5-7B-Instruct': dict(do_sample=True, temperature=.7, top_p=.8, top_k=20, repetition_penalty=1.05),
+           'Qwen/Qwen2.5-7B-Instruct': dict(do_sample=True, temperature=.7, top_p=.8, top_k=20,
+                                            repetition_penalty=1.05),
            'meta-llama/Llama-3.1-8B-Instruct': dict(do_sample=True, temperature=.6, top_p=.9),
            'google/gemma-3-4b-it': dict(do_sample=True, top_k=64, top_p=.95)}
 RISK, EACH = .1, 3 # of the head; held-out conversations of each corpus
 
 
 def before(head):
-    "Options that turn off top-k alone, with min-p as a processor of one's own, which `generate` applies before the temperature"
-    return dict(do_sample=True, top_k=0, logits_processor=LogitsProcessorList([lambda ids, z: min_p_filter(z, head.min_p)]))
+    "Options that turn off top-k alone, with min-p as a processor, which `generate` applies before the temperature"
+    min_p = lambda ids, z: min_p_filter(z, head.min_p)
+    return dict(do_sample=True, top_k=0, logits_processor=LogitsProcessorList([min_p]))
 
 
 def processors(model, options):
@@ -52,7 +55,8 @@ def divided(model, head, ids, where):
 
 def kept_of(z, ids, where, process):
     "Which of these tokens can be drawn [N]"
-    return [torch.isfinite(process(torch.tensor([ids[:i]]), row[None].clone())[0, ids[i]]).item() for i,row in zip(where, z)]
+    scores = [process(torch.tensor([ids[:i]]), row[None].clone())[0, ids[i]] for i,row in zip(where, z)]
+    return torch.isfinite(torch.stack(scores)).tolist()
 
 
 @torch.no_grad()
@@ -68,12 +72,13 @@ def ways(model, head):
     found = {}
     for name,own in SHIPPED.items():
         model.generation_config = GenerationConfig(**own)
-        for way,options in (('before', before(head)), ('now', sampling(head))): found[name, way] = processors(model, options)
+        found[name, 'before'] = processors(model, before(head))
+        found[name, 'now'] = processors(model, sampling(head))
     return found
 
 
 def share(kept):
-    "Share of tokens kept, from a list of lists, one for each conversation, with an interval that resamples conversations"
+    "Share of tokens kept, from a list for each conversation, with an interval that resamples conversations"
     group = torch.tensor([i for i,x in enumerate(kept) for _ in x])
     return cluster_mean(torch.tensor(sum(kept, [])).float(), group)
 
@@ -82,19 +87,22 @@ def measure():
     root = project_root(Path(__file__).parent)
     model, tokenizer = load_model(model_folder('embedded'))
     head, ends = fit(sample_table(), risk=RISK), end_tokens(model, tokenizer)
-    encoded = [encode(x, tokenizer, context_length(model), ends) for x in load_examples(root, EACH) if x['split'] == 'test']
+    held = [x for x in load_examples(root, EACH) if x['split'] == 'test']
+    encoded = [encode(x, tokenizer, context_length(model), ends) for x in held]
     process, closed = ways(model, head), share([promised(model, head, *x) for x in encoded])
     kept = {k: [] for k in process}
     for ids,where in encoded:
         z = divided(model, head, ids, where)
         for k,p in process.items(): kept[k].append(kept_of(z, ids, where, p))
-    found = {name: dict(settings=own, **{way: share(kept[name, way]) for way in ('before', 'now')}) for name,own in SHIPPED.items()}
-    return dict(model='SmolLM2-135M-Instruct', transformers_version=transformers.__version__, risk=RISK, min_p=head.min_p,
-                conversations=len(encoded), closed_form=closed, shipped_with=found)
+    shares = {name: {way: share(kept[name, way]) for way in ('before', 'now')} for name in SHIPPED}
+    return dict(model='SmolLM2-135M-Instruct', transformers_version=transformers.__version__, risk=RISK,
+                min_p=head.min_p, conversations=len(encoded), closed_form=closed,
+                shipped_with={name: dict(settings=own, **shares[name]) for name,own in SHIPPED.items()})
 
 
 if __name__ == '__main__':
     transformers.logging.set_verbosity_error() # it warns of arguments beside a configuration
     results = measure()
-    for name,x in results['shipped_with'].items(): print(f'{name:<34} before {x["before"]["mean"]:.1%}  now {x["now"]["mean"]:.1%}')
+    for name,x in results['shipped_with'].items():
+        print(f'{name:<34} before {x["before"]["mean"]:.1%}  now {x["now"]["mean"]:.1%}')
     (Path(__file__).parent/'defaults.json').write_text(json.dumps(results, indent=1) + '\n')

@@ -87,7 +87,8 @@ def test_a_head_from_judged_answers(work):
     ask = lambda text, **key: json.dumps(dict(messages=[dict(role='user', content=text)]) | key)
     (work/'open.jsonl').write_text('\n'.join(ask(f'Write about number {i}.') for i in range(80)))
     (work/'hard.jsonl').write_text('\n'.join(ask(f'Who is number {i}?', answer='xyzzy') for i in range(80)))
-    done = simpledeco('answer', MODEL, 'answers', '--data', 'open.jsonl', '--data', 'hard.jsonl', '--max-new-tokens', '6', cwd=work)
+    done = simpledeco('answer', MODEL, 'answers', '--data', 'open.jsonl', '--data', 'hard.jsonl',
+                      '--max-new-tokens', '6', cwd=work)
     examples = json.loads((work/'answers/answers.json').read_text())['examples']
     assert all(x['right'] == (x['corpus'] == 'open') and x['split'] == 'train' for x in examples)
     assert f"0 of {sum(x['corpus'] == 'hard' for x in examples)} to questions are right" in done.stdout
@@ -131,8 +132,11 @@ def check_one_line(done, message):
 
 @pytest.mark.parametrize('arguments, message', [
     (['train', 'nowhere', 'x'], 'no token table in nowhere'), (['prescan', MODEL, 'x', '--data', 'poems'], 'poems'),
-    (['train', 'tokens', 'x', '--corpus', 'poems'], 'poems'), (['serve-dir', 'calibrated', MODEL, 'served'], 'served exists'),
-    (['calibrate', 'head', 'tokens', 'x', '--risk', '.001'], 'risk 0.001 needs at least'), (['answer', MODEL, 'x', '--data', 'sums.jsonl'], 'sums.jsonl line 1'), (['generate', 'foreign', MODEL, 'hi'], 'trained for base model')])
+    (['train', 'tokens', 'x', '--corpus', 'poems'], 'poems'),
+    (['serve-dir', 'calibrated', MODEL, 'served'], 'served exists'),
+    (['calibrate', 'head', 'tokens', 'x', '--risk', '.001'], 'risk 0.001 needs at least'),
+    (['answer', MODEL, 'x', '--data', 'sums.jsonl'], 'sums.jsonl line 1'),
+    (['generate', 'foreign', MODEL, 'hi'], 'trained for base model')])
 def test_errors_are_one_line(work, arguments, message):
     TemperatureHead(32, base_model='another').save_pretrained(work/'foreign')
     check_one_line(simpledeco(*arguments, cwd=work, check=False), message)
@@ -162,34 +166,22 @@ def test_a_wrong_option_is_exit_code_2(work):
     assert simpledeco('train', 'tokens', 'x', '--rsik', '1', cwd=work, check=False).returncode == 2
 
 
-OUTSIDE = [*(['train', 'tokens', 'x', *option] for option in (['--risk', '2'], ['--risk', 'nan'], ['--risk', '0'], ['--min-p', '1'], ['--lr', '1e36'], ['--lr', '0'], ['--lr', '-1'],
-                                                              ['--steps', '0'], ['--width', '-1'], ['--seed', '-1'], ['--reads', 'all'])),
-           *(['calibrate', 'head', 'tokens', 'x', '--risk', r] for r in ('0', '1', '-.1', 'inf', 'x')),
-           *(['inspect', 'head', MODEL, 'x', '--prompt', 'a', '--answer', 'b', '--scale', s] for s in ('0', '-1', 'nan', 'inf')),
-           *([command, 'head', MODEL, *more, '--scale', '0'] for command,more in (('generate', ['hi']), ('serve-dir', ['x']), ('evaluate', []))),
-           ['generate', 'head', MODEL, 'hi', '--max-new-tokens', '0'], ['prescan', MODEL, 'x', '--data', 'sums.jsonl', '--batch-tokens', '0'],
-           ['prescan', MODEL, 'x', '--data', 'sums.jsonl', '--max-examples', '-1'], ['answer', MODEL, 'x', '--data', 'sums.jsonl', '--samples', '0'],
-           ['prescan', MODEL, 'x', '--data', 'sums.jsonl', '--dtype', 'int8']]
+TRAIN, SCAN = ['train', 'tokens', 'x'], ['prescan', MODEL, 'x', '--data', 'sums.jsonl']
+LOOK = ['inspect', 'head', MODEL, 'x', '--prompt', 'a', '--answer', 'b']
+OUTSIDE = [*([*TRAIN, '--risk', r] for r in ('2', 'nan', '0')), *([*TRAIN, '--lr', r] for r in ('1e36', '0', '-1')),
+           [*TRAIN, '--min-p', '1'], [*TRAIN, '--steps', '0'], [*TRAIN, '--width', '-1'], [*TRAIN, '--seed', '-1'],
+           [*TRAIN, '--reads', 'all'], *(['calibrate', 'head', 'tokens', 'x', '--risk', r] for r in ('0', '1', '-.1', 'inf', 'x')),
+           *([*LOOK, '--scale', s] for s in ('0', '-1', 'nan', 'inf')), ['generate', 'head', MODEL, 'hi', '--scale', '0'],
+           ['serve-dir', 'head', MODEL, 'x', '--scale', '0'], ['evaluate', 'head', MODEL, '--scale', '0'],
+           ['generate', 'head', MODEL, 'hi', '--max-new-tokens', '0'], [*SCAN, '--batch-tokens', '0'],
+           [*SCAN, '--max-examples', '-1'], [*SCAN, '--dtype', 'int8'],
+           ['answer', MODEL, 'x', '--data', 'sums.jsonl', '--samples', '0']]
 
 @pytest.mark.parametrize('arguments', OUTSIDE, ids=lambda a: ' '.join(map(str, [a[0], *a[-2:]])))
 def test_a_value_out_of_range_is_refused_before_anything_is_read(work, arguments):
     done = simpledeco(*arguments, cwd=work, check=False)
-    assert done.returncode == 2 and arguments[-2] in done.stderr and not (work/'x').exists() and 'Traceback' not in done.stderr, done.stderr
-
-
-OUTSIDE = [*(['train', 'tokens', 'x', *option] for option in (['--risk', '2'], ['--risk', 'nan'], ['--risk', '0'], ['--min-p', '1'], ['--lr', '1e36'], ['--lr', '0'], ['--lr', '-1'],
-                                                              ['--steps', '0'], ['--width', '-1'], ['--seed', '-1'], ['--reads', 'all'])),
-           *(['calibrate', 'head', 'tokens', 'x', '--risk', r] for r in ('0', '1', '-.1', 'inf', 'x')),
-           *(['inspect', 'head', MODEL, 'x', '--prompt', 'a', '--answer', 'b', '--scale', s] for s in ('0', '-1', 'nan', 'inf')),
-           *([command, 'head', MODEL, *more, '--scale', '0'] for command,more in (('generate', ['hi']), ('serve-dir', ['x']), ('evaluate', []))),
-           ['generate', 'head', MODEL, 'hi', '--max-new-tokens', '0'], ['prescan', MODEL, 'x', '--data', 'sums.jsonl', '--batch-tokens', '0'],
-           ['prescan', MODEL, 'x', '--data', 'sums.jsonl', '--max-examples', '-1'], ['answer', MODEL, 'x', '--data', 'sums.jsonl', '--samples', '0'],
-           ['prescan', MODEL, 'x', '--data', 'sums.jsonl', '--dtype', 'int8']]
-
-@pytest.mark.parametrize('arguments', OUTSIDE, ids=lambda a: ' '.join(map(str, [a[0], *a[-2:]])))
-def test_a_value_out_of_range_is_refused_before_anything_is_read(work, arguments):
-    done = simpledeco(*arguments, cwd=work, check=False)
-    assert done.returncode == 2 and arguments[-2] in done.stderr and not (work/'x').exists() and 'Traceback' not in done.stderr, done.stderr
+    assert done.returncode == 2 and arguments[-2] in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert not (work/'x').exists()
 
 
 def test_a_served_folder_costs_no_space(work):
