@@ -170,7 +170,8 @@ TRAIN, SCAN = ['train', 'tokens', 'x'], ['prescan', MODEL, 'x', '--data', 'sums.
 LOOK = ['inspect', 'head', MODEL, 'x', '--prompt', 'a', '--answer', 'b']
 OUTSIDE = [*([*TRAIN, '--risk', r] for r in ('2', 'nan', '0')), *([*TRAIN, '--lr', r] for r in ('1e36', '0', '-1')),
            [*TRAIN, '--min-p', '1'], [*TRAIN, '--steps', '0'], [*TRAIN, '--width', '-1'], [*TRAIN, '--seed', '-1'],
-           [*TRAIN, '--reads', 'all'], *(['calibrate', 'head', 'tokens', 'x', '--risk', r] for r in ('0', '1', '-.1', 'inf', 'x')),
+           [*TRAIN, '--reads', 'all'],
+           *(['calibrate', 'head', 'tokens', 'x', '--risk', r] for r in ('0', '1', '-.1', 'inf', 'x')),
            *([*LOOK, '--scale', s] for s in ('0', '-1', 'nan', 'inf')), ['generate', 'head', MODEL, 'hi', '--scale', '0'],
            ['serve-dir', 'head', MODEL, 'x', '--scale', '0'], ['evaluate', 'head', MODEL, '--scale', '0'],
            ['generate', 'head', MODEL, 'hi', '--max-new-tokens', '0'], [*SCAN, '--batch-tokens', '0'],
@@ -193,6 +194,8 @@ def test_a_served_folder_costs_no_space(work):
 
 
 def test_evaluate_runs_lm_eval(work):
+    "The head lies in a folder with signs that lm-eval takes for its own"
+    (work/'x=1,y=[2]').symlink_to('calibrated')
     (work/'qa.jsonl').write_text('\n'.join(json.dumps(dict(q=f'{a} + 1 =', a=str(a + 1)))
                                            for a in range(3)))
     (work/'qa.yaml').write_text(
@@ -202,6 +205,6 @@ def test_evaluate_runs_lm_eval(work):
         'doc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\n'
         'generation_kwargs: {max_gen_toks: 4, do_sample: true}\n'
         'metric_list: [{metric: exact_match}]\n')
-    done = simpledeco('evaluate', 'calibrated', MODEL, '--tasks', 'qa', '--include_path', str(work),
+    done = simpledeco('evaluate', 'x=1,y=[2]', MODEL, '--tasks', 'qa', '--include_path', str(work),
                       '--batch_size', '3', '--device', 'cpu', cwd=work)
     assert '|qa' in done.stdout and 'exact_match' in done.stdout
