@@ -5,10 +5,10 @@ right answers is known, the answer is exact, without sampling. At the end of thi
 
 # %% auto #0
 __all__ = ['BEGIN', 'GRID', 'Tree', 'grow', 'word_ends', 'ways', 'paths', 'name_probabilities', 'distinct', 'by_temperature',
-           'best_by_place', 'only_valid', 'under_rule']
+           'best_by_place', 'masked', 'under_rule']
 
 # %% ../../nbs/51_ladder.ipynb #ladder-imports
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -138,12 +138,12 @@ def _climb(factor, under, chosen, n, sweeps):
     return distinct(np.prod(factor[chosen, at], 0), n)
 
 # %% ../../nbs/51_ladder.ipynb #masked
-def only_valid(tree): # [P, V] logits: what leads out of the tree is cut
-    "The logits of the oracle that may cut"
+def masked(tree)->Tree: # the same places; in their logits what leads out of the tree is cut
+    "What the oracle sees that may cut"
     keep = torch.zeros_like(tree.logits, dtype=torch.bool)
     for i,on in enumerate(tree.edges): keep[i, list(on)] = True
     for i in tree.ends: keep[i] |= tree.outside
-    return tree.logits.masked_fill(~keep, -torch.inf)
+    return replace(tree, logits=tree.logits.masked_fill(~keep, -torch.inf))
 
 # %% ../../nbs/51_ladder.ipynb #placed
 def under_rule(

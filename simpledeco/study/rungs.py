@@ -5,13 +5,13 @@ know every rung between a constant and a token: who chooses, what it looks at, a
 
 # %% auto #0
 __all__ = ['QUESTION_WORDS', 'WARM', 'HOT', 'TIMES', 'STATIC_RUNGS', 'RULE_RUNGS', 'LEARNED_RUNGS', 'OUR_RUNGS', 'CONTROL_RUNGS',
-           'ORACLE_RUNGS', 'LEARNS', 'RUNGS', 'Asked', 'asks', 'asks_a_fact', 'fit_probe', 'value_temperature',
+           'ORACLE_RUNGS', 'LEARNS', 'EXACT', 'RUNGS', 'Asked', 'asks', 'asks_a_fact', 'fit_probe', 'value_temperature',
            'two_sided', 'cross_entropy', 'rejudged', 'fit_rungs', 'fit_probes', 'rated', 'mean_temperatures', 'rung',
            'cut', 'greedy_below', 'running_mean', 'at_first', 'learned_switch', 'given_value']
 
 # %% ../../nbs/52_rungs.ipynb #rungs-imports
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -254,4 +254,6 @@ CONTROL_RUNGS = [
 ORACLE_RUNGS = [rung('oracle switch', 'oracle', 'greedy where there is a key', '*', HOT, lambda c, s: c.switch(c.open, s))]
 
 LEARNS = ('learned', 'ours', 'control') # families that are sampled once for each seed
+EXACT = ('static, min-p', 'static, top-p', 'p-less', 'EDT', 'training-free', 'by token', 'by prompt', 'first token', 'both sides', 'cross-entropy',
+         'given a value', 'AutoDeco') # those that are walked down a tree of valid names
 RUNGS = table_of([*STATIC_RUNGS, *RULE_RUNGS, *LEARNED_RUNGS, *OUR_RUNGS, *CONTROL_RUNGS, *ORACLE_RUNGS])

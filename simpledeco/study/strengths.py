@@ -6,7 +6,7 @@ that prompts about one country are one prompt."""
 
 # %% auto #0
 __all__ = ['LEARN', 'SETS', 'SHORT', 'LONG', 'BUDGET', 'plan', 'known', 'measured', 'cluster', 'points', 'clustered', 'good_at',
-           'mean_of', 'resamples', 'compared', 'tuned', 'paired']
+           'mean_of', 'resamples', 'compared', 'tuned', 'paired', 'exact_sets', 'oracle_ladder']
 
 # %% ../../nbs/53_strengths.ipynb #strengths-imports
 import numpy as np
@@ -175,3 +175,36 @@ def paired(
         lo, hi = np.quantile(again, [.025, .975])
         out.append(dict(decoder=a, rival=b, strength=strengths[a], value=np.nanmean(value[a]), rival_value=np.nanmean(value[b]), gain=np.nanmean(d), lo=lo, hi=hi))
     return pd.DataFrame(out)
+
+# %% ../../nbs/53_strengths.ipynb #oracles
+def exact_sets(
+    p, # a profile, from load_profile
+    split:str, # 'calibration' or 'test'
+    most:int=60, # names in a set
+)->list: # prompts, one for each set
+    "Valid sets in one wording each, the same number of each family where there are so many"
+    found = {}
+    for x in task_prompts(p, 10_000, split, ['sets']):
+        if len(x['answer']) <= most: found.setdefault(cluster(x), x)
+    by_family = {}
+    for x in found.values(): by_family.setdefault(x['group'], []).append(x)
+    each = max(1, p.test_prompts//2)
+    return [x for xs in by_family.values() for x in xs[::max(1, len(xs)//each)][:each]]
+
+
+def oracle_ladder(
+    sets:pd.DataFrame, # one row a prompt: a column for each temperature, and token and mask
+    temperatures:list, # the columns of constants
+    bootstrap:int=1000,
+    seed:int=0,
+)->dict: # {rung: mean, lo, hi} of the rung, and of each step to the next
+    "Expected distinct valid answers of each oracle, and what each step adds, with 95% intervals over prompts"
+    constants = sets[temperatures].to_numpy()
+    def rungs(i):
+        by_prompt = constants[i].max(1).mean()
+        found = dict(constant=constants[i].mean(0).max(), prompt=by_prompt, token=sets.token.to_numpy()[i].mean(), mask=sets['mask'].to_numpy()[i].mean())
+        return found | {'prompt over constant': found['prompt'] - found['constant'], 'token over prompt': found['token'] - found['prompt'],
+                        'mask over token': found['mask'] - found['token']}
+    rng, whole = np.random.default_rng(seed), rungs(np.arange(len(sets)))
+    again = pd.DataFrame([rungs(rng.integers(0, len(sets), len(sets))) for _ in range(bootstrap)])
+    return {k: dict(mean=v, lo=again[k].quantile(.025), hi=again[k].quantile(.975)) for k,v in whole.items()}
