@@ -241,7 +241,8 @@ def _asked(model, tokenizer, messages, source):
     context, vocabulary = context_length(model), model.get_input_embeddings().weight.shape[0]
     if not ids: raise ValueError(f'{source} is not one token long, so that the model has nothing to answer')
     if max(ids) >= vocabulary:
-        raise ValueError(f"{source} has token {max(ids)}, the model's vocabulary has {vocabulary}: tokenizer and model do not belong together")
+        raise ValueError(f"{source} has token {max(ids)}, the model's vocabulary has {vocabulary}: "
+                         "tokenizer and model do not belong together")
     if len(ids) >= context: raise ValueError(f"{source} has {len(ids)} tokens but the model's context is {context}: shorten or drop it")
     return ids
 

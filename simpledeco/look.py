@@ -77,7 +77,9 @@ def token_report(
     from simpledeco.model import context_length, read_output
     ids, where = encode(dict(id='text', messages=messages), tokenizer, context_length(model), end_tokens(model, tokenizer))
     with torch.no_grad():
-        hidden, z, _ = read_output(model, lambda h: h[0, [w - 1 for w in where]], input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+        hidden, z, _ = read_output(model, lambda h: h[0, [w - 1 for w in where]],
+                                   input_ids=torch.tensor([ids], device=model.device),
+                                   use_cache=False)
         z = z.float()
         T = scale*head.temperature(head.live_inputs(hidden, z))
     labels = [ids[w] for w in where]
