@@ -10,9 +10,12 @@ __all__ = ['TASKS', 'AT', 'BASE', 'OURS', 'RIVALS', 'PAIRS']
 from .rungs import RUNGS
 
 # %% ../../nbs/54_plan.ipynb #plan-pairs
-TASKS = {'facts | creative': ('facts', 'creative'), 'plain | openly': ('plain', 'openly'), 'inside': ('inside', 'inside'), 'sets': ('sets', 'sets')}
+TASKS = {'facts | creative': ('facts', 'creative'), 'plain | openly': ('plain', 'openly'),
+         'inside': ('inside', 'inside'), 'sets': ('sets', 'sets')}
 AT = {'T = 1': ('static, min-p', 1.), 'T = 1.6': ('static, min-p', 1.6)}
 BASE, OURS = 'static, min-p', ('by token', 'by prompt')
-RIVALS = ('by prompt', 'first token', 'running mean', 'mean by kind', 'question mark', 'learned switch', 'oracle switch', 'EDT', 'AutoDeco',
+RIVALS = ('by prompt', 'first token', 'running mean', 'mean by kind', 'question mark',
+          'learned switch', 'oracle switch', 'EDT', 'AutoDeco',
           'given a value', 'both sides', 'no key', 'R = 0 on questions', 'shuffled key', 'right answers only', 'cross-entropy')
-PAIRS = [*((d, BASE) for d in RUNGS if d != BASE), *(('by token', d) for d in RIVALS), ('by prompt', 'question mark'), ('by prompt', 'learned switch')]
+PAIRS = [*((d, BASE) for d in RUNGS if d != BASE), *(('by token', d) for d in RIVALS),
+         ('by prompt', 'question mark'), ('by prompt', 'learned switch')]

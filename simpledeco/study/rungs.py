@@ -48,7 +48,8 @@ class Asked:
     def switch(self, warm, s): return self.by_prompt(s*torch.as_tensor(warm).float()) # greedy where it is not warm
 
 # %% ../../nbs/52_rungs.ipynb #switches
-QUESTION_WORDS = ('what', 'which', 'who', 'whom', 'whose', 'when', 'where', 'why', 'how', 'in', 'on', 'is', 'are', 'was', 'were', 'do', 'does', 'did')
+QUESTION_WORDS = ('what', 'which', 'who', 'whom', 'whose', 'when', 'where', 'why', 'how',
+                  'in', 'on', 'is', 'are', 'was', 'were', 'do', 'does', 'did')
 
 def asks(text): return text.rstrip().endswith('?')
 
@@ -213,20 +214,29 @@ def at_first(head, s, min_p): # a rule: the head's temperature at the first toke
 
 # %% ../../nbs/52_rungs.ipynb #rows
 STATIC_RUNGS = [
-    rung('static, min-p', 'static', 'one temperature for all, with min-p', '.', WARM, lambda c, s: constant(s, min_p=c.min_p)),
-    rung('static, top-p', 'static', 'one temperature for all, with a nucleus of .9', ',', WARM, lambda c, s: constant(s, top_p=.9), 'nucleus'),
-    rung('top-n-sigma', 'static', 'one temperature, and logits within one deviation of the largest', '2', WARM, lambda c, s: cut(s, top_n_sigma), 'topnsigma'),
-    rung('p-less', 'static', 'one temperature, and tokens as likely as two draws are to agree', '3', WARM, lambda c, s: cut(s, p_less), 'pless'),
-    rung('top-H', 'static', 'one temperature, and tokens of a share of the entropy', '4', WARM, lambda c, s: cut(s, top_h), 'toph')]
+    rung('static, min-p', 'static', 'one temperature for all, with min-p', '.', WARM,
+         lambda c, s: constant(s, min_p=c.min_p)),
+    rung('static, top-p', 'static', 'one temperature for all, with a nucleus of .9', ',', WARM,
+         lambda c, s: constant(s, top_p=.9), 'nucleus'),
+    rung('top-n-sigma', 'static', 'one temperature, and logits within one deviation of the largest', '2', WARM,
+         lambda c, s: cut(s, top_n_sigma), 'topnsigma'),
+    rung('p-less', 'static', 'one temperature, and tokens as likely as two draws are to agree', '3', WARM,
+         lambda c, s: cut(s, p_less), 'pless'),
+    rung('top-H', 'static', 'one temperature, and tokens of a share of the entropy', '4', WARM,
+         lambda c, s: cut(s, top_h), 'toph')]
 RULE_RUNGS = [
-    rung('EDT', 'rule', 'falls where the entropy is small', 'D', TIMES, lambda c, s: at(lambda step: edt(entropy_of(step), s, 1.), c.min_p), 'edt'),
+    rung('EDT', 'rule', 'falls where the entropy is small', 'D', TIMES,
+         lambda c, s: at(lambda step: edt(entropy_of(step), s, 1.), c.min_p), 'edt'),
     rung('dynamic temperature', 'rule', 'rises with the entropy, as in llama.cpp', 'd', (1., 2., 4., 6., 9., 13.),
          lambda c, s: at(lambda step: dynamic_temperature(entropy_of(step), step.logits.shape[-1], 0., s), c.min_p)),
     rung('training-free', 'rule', "the closed form for the model's own text", 'v', TIMES,
          lambda c, s: at(lambda step: s*free_temperature(step, c.min_p, c.risk), c.min_p)),
-    rung('greedy threshold', 'rule', 'greedy where the best token is unlikely', '>', WARM, lambda c, s: lambda step: greedy_below(step, s, .3, c.min_p), 'samplesmart'),
-    rung('question mark', 'rule', 'greedy where the prompt ends in a question mark', '1', HOT, lambda c, s: c.switch([not asks(t) for t in c.texts], s)),
-    rung('first word', 'rule', 'greedy where the prompt begins with a question word', '+', HOT, lambda c, s: c.switch([not asks_a_fact(t) for t in c.texts], s))]
+    rung('greedy threshold', 'rule', 'greedy where the best token is unlikely', '>', WARM,
+         lambda c, s: lambda step: greedy_below(step, s, .3, c.min_p), 'samplesmart'),
+    rung('question mark', 'rule', 'greedy where the prompt ends in a question mark', '1', HOT,
+         lambda c, s: c.switch([not asks(t) for t in c.texts], s)),
+    rung('first word', 'rule', 'greedy where the prompt begins with a question word', '+', HOT,
+         lambda c, s: c.switch([not asks_a_fact(t) for t in c.texts], s))]
 
 # %% ../../nbs/52_rungs.ipynb #rows-learned
 def learned_switch(c, s): # greedy where the probe takes the prompt for a question
@@ -238,23 +248,34 @@ def given_value(c, s): # the closed form with a probe of the value
 LEARNED_RUNGS = [
     rung('learned switch', 'learned', 'greedy where a probe sees a question', 'x', HOT, learned_switch, 'selective'),
     rung('given a value', 'learned', 'the closed form, with a probe that says how likely the answer is right', 'X', TIMES, given_value),
-    rung('cross-entropy', 'learned', 'our head, trained by the likelihood of right answers', '8', TIMES, lambda c, s: c.head('cross-entropy', s)),
-    rung('AutoDeco', 'learned', 'a temperature and a nucleus for each token', '^', TIMES, lambda c, s: autodeco_rule(c.autodeco, s), 'autodeco')]
+    rung('cross-entropy', 'learned', 'our head, trained by the likelihood of right answers', '8', TIMES,
+         lambda c, s: c.head('cross-entropy', s)),
+    rung('AutoDeco', 'learned', 'a temperature and a nucleus for each token', '^', TIMES,
+         lambda c, s: autodeco_rule(c.autodeco, s), 'autodeco')]
 OUR_RUNGS = [
-    rung('by token', 'ours', 'a temperature for each token', 'o', TIMES, lambda c, s: c.head('by token', s)),
-    rung('by prompt', 'ours', 'one temperature for each prompt', 's', TIMES, lambda c, s: c.head('by prompt', s)),
-    rung('both sides', 'ours', 'by token, with evidence from wrong answers', 'P', TIMES, lambda c, s: c.head('both sides', s))]
+    rung('by token', 'ours', 'a temperature for each token', 'o', TIMES,
+         lambda c, s: c.head('by token', s)),
+    rung('by prompt', 'ours', 'one temperature for each prompt', 's', TIMES,
+         lambda c, s: c.head('by prompt', s)),
+    rung('both sides', 'ours', 'by token, with evidence from wrong answers', 'P', TIMES,
+         lambda c, s: c.head('both sides', s))]
 CONTROL_RUNGS = [
-    rung('first token', 'control', 'what the head by token says first, for the whole answer', '<', TIMES, lambda c, s: at_first(c.heads['by token'], s, c.min_p)),
-    rung('running mean', 'control', 'the mean of what the head by token has said in the answer', 'h', TIMES, lambda c, s: running_mean(c.heads['by token'], s, c.min_p)),
+    rung('first token', 'control', 'what the head by token says first, for the whole answer', '<', TIMES,
+         lambda c, s: at_first(c.heads['by token'], s, c.min_p)),
+    rung('running mean', 'control', 'the mean of what the head by token has said in the answer', 'h', TIMES,
+         lambda c, s: running_mean(c.heads['by token'], s, c.min_p)),
     rung('mean by kind', 'control', 'its mean on questions, and its mean on open prompts', 'p', TIMES,
          lambda c, s: c.by_prompt(s*torch.where(c.open, c.means['open'], c.means['closed']))),
-    *(rung(name, 'control', about, mark, TIMES, lambda c, s, name=name: c.head(name, s)) for name,about,mark in (
-        ('no key', 'by token, every answer counts as right', '$a$'), ('R = 0 on questions', 'by token, every answer to a question counts as wrong', '$b$'),
-        ('shuffled key', 'by token, verdicts in another order', '$c$'), ('right answers only', 'by token, without the wrong answers', '$d$')))]
+    *(rung(name, 'control', about, mark, TIMES,
+         lambda c, s, name=name: c.head(name, s)) for name,about,mark in (
+        ('no key', 'by token, every answer counts as right', '$a$'),
+        ('R = 0 on questions', 'by token, every answer to a question counts as wrong', '$b$'),
+        ('shuffled key', 'by token, verdicts in another order', '$c$'),
+        ('right answers only', 'by token, without the wrong answers', '$d$')))]
 ORACLE_RUNGS = [rung('oracle switch', 'oracle', 'greedy where there is a key', '*', HOT, lambda c, s: c.switch(c.open, s))]
 
 LEARNS = ('learned', 'ours', 'control') # families that are sampled once for each seed
-EXACT = ('static, min-p', 'static, top-p', 'p-less', 'EDT', 'training-free', 'by token', 'by prompt', 'first token', 'both sides', 'cross-entropy',
+EXACT = ('static, min-p', 'static, top-p', 'p-less', 'EDT', 'training-free', 'by token',
+         'by prompt', 'first token', 'both sides', 'cross-entropy',
          'given a value', 'AutoDeco') # those that are walked down a tree of valid names
 RUNGS = table_of([*STATIC_RUNGS, *RULE_RUNGS, *LEARNED_RUNGS, *OUR_RUNGS, *CONTROL_RUNGS, *ORACLE_RUNGS])

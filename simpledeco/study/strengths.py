@@ -19,8 +19,8 @@ from .tasks import distinct_valid
 from ..text import distinct_n
 
 # %% ../../nbs/53_strengths.ipynb #plan
-LEARN = ('arithmetic', 'trivia', 'puzzles', 'translations', 'chat', 'story', 'sets', 'symbols', 'elements by symbol', 'next month', 'next day',
-         'next letter', 'length of a month', 'number of a month')
+LEARN = ('arithmetic', 'trivia', 'puzzles', 'translations', 'chat', 'story', 'sets', 'symbols',
+         'elements by symbol', 'next month', 'next day', 'next letter', 'length of a month', 'number of a month')
 SETS = lambda p: (12, p.answer_tokens)
 SHORT, LONG = (lambda p: (4, p.answer_tokens)), (lambda p: (4, p.open_test_tokens))
 BUDGET = dict(facts=SHORT, plain=SHORT, creative=LONG, openly=LONG, inside=LONG, sets=SETS, calibration=SETS)
@@ -174,7 +174,8 @@ def paired(
         S, C = d.shape
         again = [np.nanmean(d[rng.integers(0, S, S)][:, rng.integers(0, C, C)]) for _ in range(bootstrap)]
         lo, hi = np.quantile(again, [.025, .975])
-        out.append(dict(decoder=a, rival=b, strength=strengths[a], value=np.nanmean(value[a]), rival_value=np.nanmean(value[b]), gain=np.nanmean(d), lo=lo, hi=hi))
+        out.append(dict(decoder=a, rival=b, strength=strengths[a], value=np.nanmean(value[a]),
+                        rival_value=np.nanmean(value[b]), gain=np.nanmean(d), lo=lo, hi=hi))
     return pd.DataFrame(out)
 
 # %% ../../nbs/53_strengths.ipynb #oracles
@@ -200,11 +201,12 @@ def oracle_ladder(
     seed:int=0,
 )->dict: # {rung: mean, lo, hi} of the rung, and of each step to the next
     "Expected distinct valid answers of each oracle, and what each step adds, with 95% intervals over prompts"
-    constants = sets[temperatures].to_numpy()
+    constants, token, mask = (sets[k].to_numpy() for k in (temperatures, 'token', 'mask'))
     def rungs(i):
-        by_prompt = constants[i].max(1).mean()
-        found = dict(constant=constants[i].mean(0).max(), prompt=by_prompt, token=sets.token.to_numpy()[i].mean(), mask=sets['mask'].to_numpy()[i].mean())
-        return found | {'prompt over constant': found['prompt'] - found['constant'], 'token over prompt': found['token'] - found['prompt'],
+        found = dict(constant=constants[i].mean(0).max(), prompt=constants[i].max(1).mean(),
+                     token=token[i].mean(), mask=mask[i].mean())
+        return found | {'prompt over constant': found['prompt'] - found['constant'],
+                        'token over prompt': found['token'] - found['prompt'],
                         'mask over token': found['mask'] - found['token']}
     rng, whole = np.random.default_rng(seed), rungs(np.arange(len(sets)))
     again = pd.DataFrame([rungs(rng.integers(0, len(sets), len(sets))) for _ in range(bootstrap)])
