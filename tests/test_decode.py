@@ -20,7 +20,7 @@ KINDS = dict(llama=SIZE, qwen2=SIZE, qwen3=SIZE, gemma=SIZE,
 
 def tiny(kind, **kw):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **KINDS.get(kind, SIZE), **kw)
+    config = AutoConfig.for_model(kind, **(KINDS.get(kind, SIZE) | kw))
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20) # logits of several nats, as of a trained model

@@ -1,4 +1,4 @@
-"""Every text architecture that transformers can build small from a configuration: what the pre-scan writes down is the model's own, padded or
+"""Every text architecture that transformers can build small from a configuration: what the pre-scan writes is the model's own, padded or
 not, or the class is refused by name. SIMPLEDECO_ALL_MODELS=1 takes all of them instead of one in six"""
 import copy, inspect, json, os, zlib
 from collections import Counter

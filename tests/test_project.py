@@ -117,7 +117,8 @@ def test_a_head_can_be_imported_alone():
 def test_no_private_name_crosses_a_module():
     for f in (ROOT/'simpledeco').rglob('*.py'):
         tree = ast.parse(f.read_text(encoding='utf-8'))
-        imports = [a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names]
+        ours = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+        imports = [a.name for n in ours for a in n.names]
         private = [x for x in imports if x.startswith('_') and not x.startswith('__')]
         assert not private, f'{f.name} imports {private}'
 
