@@ -611,6 +611,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.header': ('tables.html#header', 'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.interval': ('tables.html#interval', 'simpledeco/study/tables.py'),
+                                         'simpledeco.study.tables.ladder_table': ('tables.html#ladder_table', 'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.losses_table': ('tables.html#losses_table', 'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.samples_table': ( 'tables.html#samples_table',
                                                                                     'simpledeco/study/tables.py'),

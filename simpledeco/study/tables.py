@@ -7,8 +7,8 @@ model. At the end of this page you know where each of them comes from and how on
 __all__ = ['dot', 'signed', 'named', 'TABLES', 'DETECTORS', 'FIGURES', 'interval', 'header', 'Drawn', 'score_table',
            'contract_table', 'losses_table', 'corpora_table', 'controls_table', 'verdict_table', 'stability_table',
            'comparison_table', 'frontier_table', 'accuracy_table', 'search_table', 'benchmarks_table', 'detect_table',
-           'sentences_table', 'samples_table', 'decoders_table', 'Figure', 'detectors', 'adaptive_contract', 'drawn',
-           'write_all']
+           'sentences_table', 'samples_table', 'decoders_table', 'ladder_table', 'Figure', 'detectors',
+           'adaptive_contract', 'drawn', 'write_all']
 
 # %% ../../nbs/19_tables.ipynb #tables-imports
 from collections.abc import Callable
@@ -220,6 +220,22 @@ def decoders_table(c):
                      [[named(d.name), d.family, tex_text(d.about), cite(d)]
                       for d in DECODERS.values()], 'llll')
 
+# %% ../../nbs/19_tables.ipynb #tables-ladder
+def ladder_table(c):
+    "Expected distinct valid answers of oracles, by family, and of decoders"
+    found, rungs = c.numbers['ladder'], ('constant', 'prompt', 'token', 'mask')
+    names = dict(zip(rungs, ('best constant', 'best by prompt', 'best by token', 'mask')))
+    between = lambda r: f"{r['mean']:.2f} [{r['lo']:.2f}, {r['hi']:.2f}]"
+    rows = [[f'oracle: {names[k]}', between(found['oracles'][k]),
+             *(f'{f[k]:.2f}' for f in found['families'].values())] for k in rungs]
+    blank = [''] * len(found['families'])
+    first = next(iter(found['gains'].values()))
+    rows += [None, ['static, min-p', f"{first['rival']:.2f}", *blank]]
+    rows += [[named(m.removesuffix(' over static, min-p')), f"{g['value']:.2f}, {interval(g)}", *blank]
+             for m,g in found['gains'].items() if m.endswith('static, min-p')]
+    return table_tex(['', f"distinct valid of {found['n']}", *found['families']], rows,
+                     'll' + 'r'*len(found['families']))
+
 # %% ../../nbs/19_tables.ipynb #tables-all
 TABLES = {k: (('evaluate',), partial(score_table, measure=k))
           for k in ('kept', 'kept_reachable', 'p_true', 'candidates', 'temperature', 'loss')}
@@ -238,7 +254,7 @@ TABLES |= dict(
     detect=(('onpolicy',), detect_table),
     sentences=(('onpolicy', 'evaluate'), sentences_table),
     samples=(('frontier',), samples_table),
-    decoders=((), decoders_table))
+    decoders=((), decoders_table), ladder=(('ladder',), ladder_table))
 
 DETECTORS = {'entropy': 'D', '1 - p_max': 'v'} # scores that are no decoders
 
