@@ -65,7 +65,8 @@ def test_all_but_the_row_keeps_its_bytes(kind, tokens, tied, tmp_path):
         assert torch.equal(new.contiguous().view(torch.uint8), old.contiguous().view(torch.uint8)), key
     changed = [k for k in before if before[k].shape != after[k].shape or not torch.equal(before[k], after[k])]
     assert len(changed) == (1 if tied or tokens < 300 else 2), changed
-    assert (folded/'LICENSE').read_text() == 'as it is' and json.loads((folded/'config.json').read_text())['vocab_size'] == max(300, row + 1)
+    assert (folded/'LICENSE').read_text() == 'as it is'
+    assert json.loads((folded/'config.json').read_text())['vocab_size'] == max(300, row + 1)
 
 
 @pytest.mark.parametrize('kind', sorted(KINDS.keys() - {'qwen2'})) # Qwen2's tokenizer is a class of its own, which ours is not
@@ -75,7 +76,8 @@ def test_the_row_is_the_heads_temperature(kind, tmp_path):
     read = RowTemperature(**ours.generation_config.simpledeco)
     with torch.no_grad():
         hidden, z = model.base_model(IDS).last_hidden_state, ours(IDS).logits
-        double = ((hidden.double() - head.mean.double())/head.std.double()) @ head.net[0].weight[0].double() + head.net[0].bias.double() + head.offset.double()
+        unit = (hidden.double() - head.mean.double())/head.std.double()
+        double = unit @ head.net[0].weight[0].double() + head.net[0].bias.double() + head.offset.double()
         torch.testing.assert_close(z[..., :300], model(IDS).logits, rtol=1e-4, atol=1e-4)
     assert double.std() > .1
     torch.testing.assert_close(read.temperature(z).double(), double.clamp(head.t_min, head.t_max), rtol=1e-4, atol=1e-4)
@@ -94,7 +96,8 @@ def test_generate_with_the_row_is_generate_with_attach(tmp_path):
     "The row is a padded one here, so that both models have as many logits and draw with the same random numbers"
     model, head, source, folded = made(tmp_path, tokens=290)
     ours, _ = load_model(folded)
-    kw, padded = MASK | dict(max_new_tokens=30), list(range(290, 300)) # a random model would say them; the row must be read before it is suppressed
+    # a random model would say them; the row must be read before it is suppressed
+    kw, padded = MASK | dict(max_new_tokens=30), list(range(290, 300))
     greedy = model.generate(IDS, do_sample=False, suppress_tokens=padded, **kw)
     assert torch.equal(ours.generate(IDS, do_sample=False, suppress_tokens=padded[1:], **kw, **custom(folded)), greedy)
     found = []
@@ -108,11 +111,14 @@ def test_generate_with_the_row_is_generate_with_attach(tmp_path):
 def test_with_a_row_behind_the_last_greedy_text_and_first_draws_are_those_of_attach(tmp_path):
     model, head, source, folded = made(tmp_path)
     ours, _ = load_model(folded)
-    assert torch.equal(ours.generate(IDS, do_sample=False, **MASK, max_new_tokens=30, **custom(folded)), model.generate(IDS, do_sample=False, **MASK, max_new_tokens=30))
+    greedy = dict(do_sample=False, max_new_tokens=30, **MASK)
+    assert torch.equal(ours.generate(IDS, **greedy, **custom(folded)), model.generate(IDS, **greedy))
     found = set()
     for seed in range(40):
         torch.manual_seed(seed); one = ours.generate(IDS, max_new_tokens=1, **MASK, **custom(folded))
-        with attach(model, head): torch.manual_seed(seed); assert torch.equal(model.generate(IDS, max_new_tokens=1, **sampling(head), **MASK), one)
+        with attach(model, head):
+            torch.manual_seed(seed)
+            assert torch.equal(model.generate(IDS, max_new_tokens=1, **sampling(head), **MASK), one)
         found.add(one[0, -1].item())
     assert len(found) > 2
 
@@ -133,7 +139,8 @@ def test_raw_logits_are_left_alone_and_other_processors_still_run(tmp_path):
     ours, _ = load_model(folded)
     seen = []
     def watch(ids, scores): seen.append(scores.clone()); return scores
-    out = ours.generate(IDS, **MASK, max_new_tokens=2, output_logits=True, return_dict_in_generate=True, logits_processor=[watch], **custom(folded))
+    out = ours.generate(IDS, **MASK, max_new_tokens=2, output_logits=True, return_dict_in_generate=True,
+                        logits_processor=[watch], **custom(folded))
     assert len(seen) == 2 and all(torch.equal(a, b) and torch.isfinite(b).all() for a,b in zip(seen, out.logits))
 
 
@@ -172,7 +179,8 @@ def with_head(tmp_path, change=lambda head: head):
 
 def test_heads_that_are_no_row(tmp_path):
     for reads,width,message in (('logits', 0, 'reads logits'), ('both', 0, 'reads both'), ('hidden', 4, '1 hidden layers')):
-        head, model, out = with_head(tmp_path/f'{reads}{width}', lambda h: TemperatureHead(32, width=width, reads=reads, base_model=h.base_model))
+        other = lambda h: TemperatureHead(32, width=width, reads=reads, base_model=h.base_model)
+        head, model, out = with_head(tmp_path/f'{reads}{width}', other)
         with pytest.raises(ValueError, match=f'{message}.*only a linear head'): fold(head, model, out)
         assert sorted(p.name for p in out.parent.iterdir()) == ['head', 'model']
 
