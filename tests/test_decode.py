@@ -17,7 +17,7 @@ KINDS = dict(llama=SIZE, qwen2=SIZE, qwen3=SIZE, gemma=SIZE, mixtral=SIZE | dict
 
 def tiny(kind, **kw):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS.get(kind, SIZE), **kw)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS.get(kind, SIZE) | kw)).eval()
     with torch.no_grad(): model.get_output_embeddings().weight.mul_(20) # logits of several nats, as of a trained model
     return model
 

@@ -1,0 +1,229 @@
+"A linear head as a row of the output matrix: the checkpoint, and what reads it in transformers"
+import json, math, shutil
+
+import pytest, torch
+from safetensors.torch import load_file, save_file
+from test_decode import IDS, KINDS, tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import ROOT
+from simpledeco.decode import attach, sampling
+from simpledeco.fold import fold, free_row, linear_row, RowTemperature, SETTINGS
+from simpledeco.head import TemperatureHead
+from simpledeco.model import fingerprint, load_model
+
+MASK = dict(attention_mask=torch.ones_like(IDS))
+
+
+def linear_head(model, seed=1):
+    "A linear head on the hidden state whose temperatures differ from token to token, with a standardisation of its own"
+    torch.manual_seed(seed)
+    d = model.get_output_embeddings().weight.shape[1]
+    head = TemperatureHead(d, width=0, reads='hidden', base_model=fingerprint(model)).eval()
+    head.mean, head.std, head.offset = torch.randn(d)/4, torch.rand(d) + .5, torch.tensor(.2)
+    return head
+
+
+def stored(folder, model, tokens=300):
+    "A model in a folder, with a tokenizer of so many tokens"
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({f'w{i}': i for i in range(tokens)}, unk_token='w5'))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.save_pretrained(folder, max_shard_size='20KB')
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token='w2').save_pretrained(folder)
+    (folder/'LICENSE').write_text('as it is')
+    return folder
+
+
+def made(tmp_path, kind='llama', tokens=300, dtype=torch.float32, **kw):
+    "A tiny model in a folder, a head for it in another, and both folded: (model, head, source, folded)"
+    model = tiny(kind, **kw).to(dtype)
+    head, source = linear_head(model), stored(tmp_path/'model', model, tokens)
+    head.save_pretrained(tmp_path/'head')
+    return model, head, source, fold(tmp_path/'head', source, tmp_path/'folded')
+
+
+def tensors(folder): return {k: v for p in sorted(folder.glob('*.safetensors')) for k,v in load_file(p).items()}
+
+
+def custom(folder): return dict(custom_generate=str(folder), trust_remote_code=True)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('tokens', [300, 290])
+@pytest.mark.parametrize('kind', ['llama', 'gemma', 'qwen3', 'gpt_neox', 'gpt2'])
+def test_all_but_the_row_keeps_its_bytes(kind, tokens, tied, tmp_path):
+    model, head, source, folded = made(tmp_path, kind, tokens, tie_word_embeddings=tied)
+    before, after, row = tensors(source), tensors(folded), json.loads((folded/SETTINGS).read_text())['row']
+    assert row == tokens and before.keys() == after.keys()
+    for key,old in before.items():
+        new = after[key]
+        if old.shape[:1] == (300,):
+            assert new.shape[0] == max(300, row + 1)
+            new, old = (torch.cat([x[:row], x[row + 1:]]) for x in (new, old))
+        assert torch.equal(new.contiguous().view(torch.uint8), old.contiguous().view(torch.uint8)), key
+    changed = [k for k in before if before[k].shape != after[k].shape or not torch.equal(before[k], after[k])]
+    assert len(changed) == (1 if tied or tokens < 300 else 2), changed
+    assert (folded/'LICENSE').read_text() == 'as it is' and json.loads((folded/'config.json').read_text())['vocab_size'] == max(300, row + 1)
+
+
+@pytest.mark.parametrize('kind', sorted(KINDS.keys() - {'qwen2'})) # Qwen2's tokenizer is a class of its own, which ours is not
+def test_the_row_is_the_heads_temperature(kind, tmp_path):
+    model, head, source, folded = made(tmp_path, kind)
+    ours, _ = load_model(folded)
+    read = RowTemperature(**ours.generation_config.simpledeco)
+    with torch.no_grad():
+        hidden, z = model.base_model(IDS).last_hidden_state, ours(IDS).logits
+        double = ((hidden.double() - head.mean.double())/head.std.double()) @ head.net[0].weight[0].double() + head.net[0].bias.double() + head.offset.double()
+        torch.testing.assert_close(z[..., :300], model(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert double.std() > .1
+    torch.testing.assert_close(read.temperature(z).double(), double.clamp(head.t_min, head.t_max), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_stays_half_precision_and_its_error_is_stated(dtype, tmp_path):
+    model, head, source, folded = made(tmp_path, dtype=dtype)
+    said = json.loads((folded/SETTINGS).read_text())
+    assert {v.dtype for v in tensors(folded).values()} == {dtype} and said['dtype'] == str(dtype).removeprefix('torch.')
+    assert 0 < said['error'] < .1
+    assert 0 < json.loads((made(tmp_path/'b')[3]/SETTINGS).read_text())['error'] < 1e-4
+
+
+def test_generate_with_the_row_is_generate_with_attach(tmp_path):
+    "The row is a padded one here, so that both models have as many logits and draw with the same random numbers"
+    model, head, source, folded = made(tmp_path, tokens=290)
+    ours, _ = load_model(folded)
+    kw, padded = MASK | dict(max_new_tokens=30), list(range(290, 300)) # a random model would say them; the row must be read before it is suppressed
+    greedy = model.generate(IDS, do_sample=False, suppress_tokens=padded, **kw)
+    assert torch.equal(ours.generate(IDS, do_sample=False, suppress_tokens=padded[1:], **kw, **custom(folded)), greedy)
+    found = []
+    for seed in range(5):
+        torch.manual_seed(seed); found.append(ours.generate(IDS, suppress_tokens=padded[1:], **kw, **custom(folded)))
+        with attach(model, head): torch.manual_seed(seed); wanted = model.generate(IDS, **sampling(head), suppress_tokens=padded, **kw)
+        assert torch.equal(wanted, found[-1])
+    assert len({tuple(x[0].tolist()) for x in found}) > 1 and not any((x == greedy).all() for x in found if x.shape == greedy.shape)
+
+
+def test_with_a_row_behind_the_last_greedy_text_and_first_draws_are_those_of_attach(tmp_path):
+    model, head, source, folded = made(tmp_path)
+    ours, _ = load_model(folded)
+    assert torch.equal(ours.generate(IDS, do_sample=False, **MASK, max_new_tokens=30, **custom(folded)), model.generate(IDS, do_sample=False, **MASK, max_new_tokens=30))
+    found = set()
+    for seed in range(40):
+        torch.manual_seed(seed); one = ours.generate(IDS, max_new_tokens=1, **MASK, **custom(folded))
+        with attach(model, head): torch.manual_seed(seed); assert torch.equal(model.generate(IDS, max_new_tokens=1, **sampling(head), **MASK), one)
+        found.add(one[0, -1].item())
+    assert len(found) > 2
+
+
+def test_scores_are_those_of_attach_with_a_scale_and_a_temperature_beside(tmp_path):
+    model, head, source, _ = made(tmp_path)
+    folded = fold(tmp_path/'head', source, tmp_path/'hot', scale=3.)
+    ours, _ = load_model(folded)
+    kw = MASK | dict(max_new_tokens=1, temperature=.5, output_scores=True, return_dict_in_generate=True)
+    with attach(model, head, scale=3.): wanted = model.generate(IDS, **sampling(head), **kw).scores[0]
+    found = ours.generate(IDS, **kw, **custom(folded)).scores[0]
+    assert found[0, 300] == -math.inf and 1 < torch.isfinite(wanted).sum() < 300
+    torch.testing.assert_close(found[:, :300], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_raw_logits_are_left_alone_and_other_processors_still_run(tmp_path):
+    model, head, source, folded = made(tmp_path)
+    ours, _ = load_model(folded)
+    seen = []
+    def watch(ids, scores): seen.append(scores.clone()); return scores
+    out = ours.generate(IDS, **MASK, max_new_tokens=2, output_logits=True, return_dict_in_generate=True, logits_processor=[watch], **custom(folded))
+    assert len(seen) == 2 and all(torch.equal(a, b) and torch.isfinite(b).all() for a,b in zip(seen, out.logits))
+
+
+def test_a_model_that_was_loaded_with_its_own_code_needs_no_argument(tmp_path):
+    model, head, source, folded = made(tmp_path)
+    ours = AutoModelForCausalLM.from_pretrained(folded, trust_remote_code=True)
+    torch.manual_seed(0); found = ours.generate(IDS, **MASK, max_new_tokens=12)
+    torch.manual_seed(0); assert torch.equal(load_model(folded)[0].generate(IDS, **MASK, max_new_tokens=12, **custom(folded)), found)
+
+
+def test_prompt_lookup_is_as_greedy_as_the_model(tmp_path):
+    model, head, source, folded = made(tmp_path)
+    ours, _ = load_model(folded)
+    plain = model.generate(IDS, **MASK, max_new_tokens=30, do_sample=False)
+    assert torch.equal(ours.generate(IDS, **MASK, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=3, **custom(folded)), plain)
+
+
+@pytest.mark.parametrize('kw, message', [(dict(num_beams=2), 'among log-probabilities'), (dict(guidance_scale=2.), 'guidance mixes')])
+def test_what_mixes_or_normalises_logits_is_refused(kw, message, tmp_path):
+    model, head, source, folded = made(tmp_path)
+    with pytest.raises(ValueError, match=message): load_model(folded)[0].generate(IDS, **MASK, max_new_tokens=3, **kw, **custom(folded))
+
+
+def test_what_the_folder_brings_needs_no_simpledeco(tmp_path):
+    code = (made(tmp_path)[3]/'custom_generate/generate.py').read_text()
+    assert 'simpledeco import' not in code and 'import simpledeco' not in code
+
+
+def with_head(tmp_path, change=lambda head: head):
+    "A model and a head in folders, nothing folded: (head, model, out)"
+    model = tiny('llama')
+    stored(tmp_path/'model', model)
+    change(linear_head(model)).save_pretrained(tmp_path/'head')
+    return tmp_path/'head', tmp_path/'model', tmp_path/'out'
+
+
+def test_heads_that_are_no_row(tmp_path):
+    for reads,width,message in (('logits', 0, 'reads logits'), ('both', 0, 'reads both'), ('hidden', 4, '1 hidden layers')):
+        head, model, out = with_head(tmp_path/f'{reads}{width}', lambda h: TemperatureHead(32, width=width, reads=reads, base_model=h.base_model))
+        with pytest.raises(ValueError, match=f'{message}.*only a linear head'): fold(head, model, out)
+        assert sorted(p.name for p in out.parent.iterdir()) == ['head', 'model']
+
+
+def test_a_folder_folded_twice_and_a_head_of_another_model(tmp_path):
+    model, head, source, folded = made(tmp_path)
+    with pytest.raises(ValueError, match='has a row of a head already'): fold(tmp_path/'head', folded, tmp_path/'twice')
+    with pytest.raises(ValueError, match='exists: choose another'): fold(tmp_path/'head', source, folded)
+    linear_head(tiny('qwen2')).save_pretrained(tmp_path/'foreign')
+    with pytest.raises(ValueError, match='was trained for base model'): fold(tmp_path/'foreign', source, tmp_path/'other')
+    with pytest.raises(ValueError, match='trained for base model'): attach(load_model(folded)[0], head)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['folded', 'foreign', 'head', 'model']
+
+
+@pytest.mark.parametrize('row, message', [(17, "row 17 is that of 'w17'"), (301, 'has 300 rows'), (-1, 'has 300 rows')])
+def test_a_row_that_texts_use(row, message, tmp_path):
+    with pytest.raises(ValueError, match=message): fold(*with_head(tmp_path), row=row)
+    assert not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('scale', [0, -1., math.inf, math.nan])
+def test_a_scale_that_is_none(scale, tmp_path):
+    with pytest.raises(ValueError, match='scale is'): fold(*with_head(tmp_path), scale=scale)
+
+
+def test_weights_of_another_kind(tmp_path):
+    head, model, out = with_head(tmp_path)
+    for path in model.glob('*.safetensors'): save_file({k: (v*9).to(torch.int8) for k,v in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match='are quantised .I8.'): fold(head, model, out)
+    for path in model.glob('*.safetensors'): path.unlink()
+    with pytest.raises(ValueError, match='no safetensors files'): fold(head, model, out)
+
+
+@pytest.mark.parametrize('kind, kw', [('gemma2', {}), ('cohere', {}), ('granite', dict(logits_scaling=8.))])
+def test_models_that_change_their_logits_afterwards_are_refused(kind, kw, tmp_path):
+    model = tiny(kind, **kw)
+    stored(tmp_path/'model', model)
+    linear_head(model).save_pretrained(tmp_path/'head')
+    with pytest.raises(ValueError, match='after the output embedding'): fold(tmp_path/'head', tmp_path/'model', tmp_path/'out')
+
+
+def test_a_tokenizer_that_knows_no_english(tmp_path):
+    model = tiny('qwen2')
+    stored(tmp_path/'model', model)
+    linear_head(model).save_pretrained(tmp_path/'head')
+    with pytest.raises(ValueError, match='makes no tokens'): fold(tmp_path/'head', tmp_path/'model', tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
+def test_a_bias_beside_the_matrix(tmp_path):
+    model = tiny('phi')
+    stored(tmp_path/'model', model)
+    linear_head(model).save_pretrained(tmp_path/'head')
+    with pytest.raises(ValueError, match='has a bias beside it'): fold(tmp_path/'head', tmp_path/'model', tmp_path/'out')
