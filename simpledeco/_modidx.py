@@ -38,6 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'simpledeco.cli.between': ('cli.html#between', 'simpledeco/cli.py'),
                                 'simpledeco.cli.calibrate': ('cli.html#calibrate', 'simpledeco/cli.py'),
                                 'simpledeco.cli.evaluate': ('cli.html#evaluate', 'simpledeco/cli.py'),
+                                'simpledeco.cli.fold': ('cli.html#fold', 'simpledeco/cli.py'),
                                 'simpledeco.cli.generate': ('cli.html#generate', 'simpledeco/cli.py'),
                                 'simpledeco.cli.inspect': ('cli.html#inspect', 'simpledeco/cli.py'),
                                 'simpledeco.cli.main': ('cli.html#main', 'simpledeco/cli.py'),

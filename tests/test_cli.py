@@ -12,7 +12,7 @@ from simpledeco.study.data import to_jsonl
 from simpledeco.table import TokenTable
 
 MODEL = ROOT/'models/smoke'
-COMMANDS = ['prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir']
+COMMANDS = ['prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir', 'fold']
 
 
 def simpledeco(*arguments, cwd, check=True):
@@ -114,6 +114,17 @@ def test_errors_are_one_line(work, arguments, message):
     TemperatureHead(32, base_model='another').save_pretrained(work/'foreign')
     check_one_line(simpledeco(*arguments, cwd=work, check=False), message)
     assert not (work/'x').exists()
+
+
+def test_fold_writes_a_checkpoint_and_refuses_what_is_no_row(work):
+    simpledeco('train', 'tokens', 'linear', '--reads', 'hidden', '--width', '0', '--steps', '20', cwd=work)
+    said = simpledeco('fold', 'linear', MODEL, 'folded', '--scale', '2', cwd=work).stdout
+    kept = json.loads((work/'folded/simpledeco.json').read_text())
+    assert re.fullmatch(r'folded: T = logit 49,152 [+-]\d\.\d{4}, to \d\.\de-0\d in float32\n', said) and kept['scale'] == 2
+    for arguments, message in ((['linear', MODEL, 'folded'], 'folded exists'), (['head', MODEL, 'x'], 'only a linear head'), (['linear', MODEL, 'x', '--row', '5'], 'row 5 is that of'),
+                               (['linear', 'folded', 'x'], 'has a row of a head already')):
+        check_one_line(simpledeco('fold', *arguments, cwd=work, check=False), message)
+        assert not (work/'x').exists()
 
 
 @pytest.fixture(params=[False, True], ids=['unreachable', 'offline'])
