@@ -5,7 +5,7 @@ the end of this page a real model has been decoded with a temperature of its own
 
 # %% auto #0
 __all__ = ['NEUTRAL', 'OFF', 'divisor', 'Attachment', 'check_plain_logits', 'attach', 'min_p_filter', 'top_p_filter', 'tempered',
-           'sampling']
+           'token_logprobs', 'sampling']
 
 # %% ../nbs/05_decode.ipynb #decode-imports
 import math
@@ -31,12 +31,16 @@ def divisor(
 # %% ../nbs/05_decode.ipynb #340d0b30
 class Attachment:
     "A head on a model, until `remove()` or the end of the `with` block"
-    def __init__(self, model, head, scale):
+    def __init__(self, model, head, scale, grad):
         self.model, self.output, self.head, self.scale = model, model.get_output_embeddings(), head, scale
+        self.grad, self.temperature = grad, None # of the last pass, [..., T] with the scale
         self.handles = self.output.register_forward_hook(self), model.register_forward_pre_hook(self._still_there)
         torch.compiler.reset()
-    @torch.no_grad()
-    def __call__(self, module, args, logits): return logits/divisor(logits, args[0], self.head, self.scale)
+    def __call__(self, module, args, logits):
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            T = divisor(logits, args[0], self.head, self.scale)
+            self.temperature = T[..., 0]
+            return logits/T
     def _still_there(self, module, args):
         if self.model.get_output_embeddings() is not self.output:
             raise ValueError(f'the output embedding of {type(module).__name__} was replaced while a head was attached: '
@@ -90,7 +94,8 @@ def attach(
     *,
     scale:float=1.0, # multiplies every temperature
     other_model:bool=False, # accept a model that the head was not trained for
-)->Attachment: # has .remove(), also a context manager
+    grad:bool=False, # let gradients through, to the model and to the head
+)->Attachment: # has .remove() and .temperature, also a context manager
     "Divide the model's logits by the head's temperature. Raises `ValueError` when the head does not fit"
     if not (math.isfinite(scale) and scale > 0): raise ValueError(f'scale is {scale!r}: it must be a positive number')
     with _attaching:
@@ -98,7 +103,7 @@ def attach(
         if any(isinstance(h, Attachment) for h in hooks.values()): raise ValueError('a head is attached to this model already: remove it first')
         check_plain_logits(model)
         check_fits(head, model, other_model)
-        return Attachment(model, head.to(model.get_output_embeddings().weight.device), scale)
+        return Attachment(model, head.to(model.get_output_embeddings().weight.device), scale, grad)
 
 # %% ../nbs/05_decode.ipynb #12528411
 def min_p_filter(
@@ -133,6 +138,16 @@ def tempered(
     x = logits.float()/temperature.clamp(min=1e-6)[:, None]
     if top_p is not None: return top_p_filter(x, top_p)
     return x if min_p is None else min_p_filter(x, min_p)
+
+# %% ../nbs/05_decode.ipynb #token-logprobs
+def token_logprobs(
+    logits:torch.Tensor, # [..., V] divided by the temperature, as of a model with a head attached
+    tokens:torch.Tensor, # [...] the token of each row
+    min_p:float|None=None, # of the sampler; None: no min-p
+)->torch.Tensor: # [...] float32, in nats; -inf where min-p cuts the token
+    "The log-probability with which a sampler draws a token"
+    kept = logits.float() if min_p is None else min_p_filter(logits.float(), min_p)
+    return kept.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 # %% ../nbs/05_decode.ipynb #neutral
 NEUTRAL = dict(temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0, repetition_penalty=1.0,

@@ -48,13 +48,13 @@ def _named(config):
 
 # %% ../nbs/36_fold.ipynb #fold-free
 def free_row(
-    tokenizer,
+    names:dict, # {id: token} of all tokens that texts may have
     rows:int, # of the output matrix
-    config:dict, # of the model, and of generation
+    config:dict, # of the model, and of generation; what it names is taken
     row:int|None=None, # take this one; None: the first that is free
 )->int: # `rows` where one has to be appended
     "A row of the output matrix that no text uses. Raises `ValueError` when the row that is asked for is not such a one"
-    names, taken = {i: name for name,i in tokenizer.get_vocab().items()}, _named(config)
+    taken = _named(config)
     free = lambda i: i not in taken and (i not in names or any(x in names[i] for x in RESERVED))
     if row is None: return next((i for i in sorted(range(rows), key=lambda i: i in names) if free(i)), rows)
     if not 0 <= row <= rows: raise ValueError(f'row {row} is not in the output matrix, which has {rows} rows: choose one of them, or {rows} for a new one')
@@ -241,7 +241,8 @@ def _fill(folder, source, files, dtype, model, tokenizer, head, row, scale):
     hidden, logits = _probe(model, tokenizer)
     values, b = linear_row(head, model.get_output_embeddings().weight.dtype)
     rows = logits.shape[1]
-    row = free_row(tokenizer, rows, dict(model=model.config.to_dict(), generation=model.generation_config.to_dict()), row)
+    names = {i: name for name,i in tokenizer.get_vocab().items()}
+    row = free_row(names, rows, dict(model=model.config.to_dict(), generation=model.generation_config.to_dict()), row)
     changes = _changes(model, row, values)
     _copy_others(source, folder)
     _write_weights(files, folder, changes)

@@ -4,7 +4,7 @@ import copy, math, pickle, threading
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
-from simpledeco.decode import attach, check_plain_logits, divisor, min_p_filter, sampling
+from simpledeco.decode import attach, check_plain_logits, divisor, min_p_filter, sampling, token_logprobs
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
 from conftest import ROOT
@@ -227,6 +227,51 @@ def test_min_p_comes_after_a_temperature_that_is_given_beside(temperature):
         found = candidates(model, IDS, temperature=temperature, **sampling(head))
     torch.testing.assert_close(found, wanted.softmax(-1))
     assert (found > 0).sum() != torch.isfinite(before).sum()
+
+
+@pytest.mark.parametrize('reads', ['logits', 'hidden'])
+def test_the_importance_ratio_of_a_fresh_sample_is_one(reads):
+    "What a trainer recomputes in one pass over the text is what each step of `generate` drew from"
+    model = tiny('llama')
+    model.generation_config.eos_token_id = None
+    head = head_for(model, reads)
+    with attach(model, head, scale=2., grad=True) as attached:
+        out = model.generate(IDS.expand(8, -1), attention_mask=torch.ones(8, 7), max_new_tokens=20, output_scores=True, return_dict_in_generate=True, **sampling(head))
+        drawn = out.sequences[:, 7:]
+        then = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        now = token_logprobs(model(out.sequences).logits[:, 6:-1], drawn, head.min_p)
+        T = attached.temperature[:, 6:-1].detach()
+    ratio = (now - then).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        hidden, z = model.base_model(out.sequences).last_hidden_state[:, 6:-1], model(out.sequences).logits[:, 6:-1]
+        torch.testing.assert_close(z.double()/T[..., None].double(), direct(head, hidden, z, 2.), rtol=1e-4, atol=1e-4)
+        forgetful = (token_logprobs(z, drawn, head.min_p) - then).exp()
+    assert ((forgetful - 1).abs() > .05).float().mean() > .2 # a trainer without the head, and the same sample
+
+
+@pytest.mark.parametrize('reads', ['logits', 'hidden'])
+def test_gradients_reach_model_and_head(reads):
+    model = tiny('llama').requires_grad_(True)
+    head = head_for(model, reads)
+    with attach(model, head, grad=True): token_logprobs(model(IDS).logits[:, :-1], IDS[:, 1:]).sum().backward()
+    weights = [*head.net.parameters(), model.model.norm.weight]
+    found = [w.grad.clone() for w in weights]
+    twin, exact = copy.deepcopy(model).double(), copy.deepcopy(head).double()
+    for m in (twin, exact): m.zero_grad()
+    hidden = twin.model(IDS).last_hidden_state
+    z = twin.lm_head(hidden)
+    x = hidden if reads == 'hidden' else head.live_inputs(hidden, z).double()
+    T = exact.net((x - exact.mean)/exact.std)[..., 0].clamp(exact.t_min, exact.t_max)
+    (z/T[..., None]).log_softmax(-1)[:, :-1].gather(-1, IDS[:, 1:, None]).sum().backward()
+    for a,b in zip(found, [*exact.net.parameters(), twin.model.norm.weight]):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a.double(), b.grad, rtol=1e-2, atol=1e-3*b.grad.abs().max().item())
+
+
+def test_without_grad_no_gradient_goes_through():
+    model = tiny('llama')
+    with attach(model, head_for(model)): assert not model(IDS).logits.requires_grad
 
 
 def test_two_threads_attach_one_head():
