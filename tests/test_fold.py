@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 from test_decode import IDS, KINDS, tiny
 from transformers import AutoModelForCausalLM
 
-
 from simpledeco.decode import attach, sampling
 from simpledeco.fold import fold, RowTemperature, SETTINGS
 from simpledeco.head import TemperatureHead
