@@ -91,6 +91,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'simpledeco/decode.py'),
                                    'simpledeco.decode.Attachment.remove': ('decode.html#attachment.remove', 'simpledeco/decode.py'),
                                    'simpledeco.decode._first_logits': ('decode.html#_first_logits', 'simpledeco/decode.py'),
+                                   'simpledeco.decode._nucleus': ('decode.html#_nucleus', 'simpledeco/decode.py'),
+                                   'simpledeco.decode._too_small': ('decode.html#_too_small', 'simpledeco/decode.py'),
                                    'simpledeco.decode.attach': ('decode.html#attach', 'simpledeco/decode.py'),
                                    'simpledeco.decode.check_plain_logits': ('decode.html#check_plain_logits', 'simpledeco/decode.py'),
                                    'simpledeco.decode.divisor': ('decode.html#divisor', 'simpledeco/decode.py'),

@@ -106,8 +106,11 @@ def min_p_filter(
     min_p:float, # strictly between 0 and 1
 )->torch.Tensor: # [..., V] with -inf where a token is cut
     "Keep the tokens whose probability is at least min_p times the largest"
+    return logits.masked_fill(_too_small(logits, min_p), -torch.inf)
+
+def _too_small(logits, min_p):
     check_fraction('min_p', min_p)
-    return logits.masked_fill(logits < logits.max(-1, keepdim=True).values + math.log(min_p), -torch.inf)
+    return logits < logits.amax(-1, keepdim=True) + math.log(min_p)
 
 # %% ../nbs/05_decode.ipynb #top-p-filter
 def top_p_filter(
@@ -115,11 +118,19 @@ def top_p_filter(
     top_p:torch.Tensor, # [...] mass of the nucleus, one for each row
 )->torch.Tensor: # [..., V] with -inf where a token is cut
     "Keep the smallest set of most likely tokens whose mass reaches top_p, never none (Holtzman et al. 2020)"
-    ordered, order = logits.sort(-1, descending=True)
-    p = ordered.softmax(-1)
-    cut = p.cumsum(-1) - p >= top_p[..., None]
-    cut[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -torch.inf)
+    return _nucleus(logits.reshape(-1, logits.shape[-1]), top_p.reshape(-1)).view(logits.shape)
+
+# %% ../nbs/05_decode.ipynb #top-p-nucleus
+def _nucleus(logits, top_p, k=256):
+    "The nuclei of rows [R, V]: those within the k largest logits at once, and the larger ones with a larger k"
+    top, at = logits.topk(min(k, logits.shape[-1]))
+    p = (top - logits.logsumexp(-1, keepdim=True)).exp()
+    cut = p.cumsum(-1) - p >= top_p[:, None]
+    cut[:, 0] = False
+    out = torch.full_like(logits, -torch.inf).scatter_(-1, at, top.masked_fill(cut, -torch.inf))
+    deeper = ~cut[:, -1] & (k < logits.shape[-1])
+    if deeper.any(): out[deeper] = _nucleus(logits[deeper], top_p[deeper], 16*k)
+    return out
 
 # %% ../nbs/05_decode.ipynb #tempered
 def tempered(
@@ -132,7 +143,7 @@ def tempered(
     "Temperature, then filter"
     x = logits.float()/temperature.clamp(min=1e-6)[:, None]
     if top_p is not None: return top_p_filter(x, top_p)
-    return x if min_p is None else min_p_filter(x, min_p)
+    return x if min_p is None else x.masked_fill_(_too_small(x, min_p), -torch.inf)
 
 # %% ../nbs/05_decode.ipynb #neutral
 NEUTRAL = dict(temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0, repetition_penalty=1.0,

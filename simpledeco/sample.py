@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
+from torch.profiler import record_function
 from tqdm import tqdm
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -97,6 +98,7 @@ class _Layer(DynamicLayer):
     def __init__(self, texts): super().__init__(); self.texts = texts
     def get_seq_length(self): return self.texts.width - 1
     def get_mask_sizes(self, query_length): return self.texts.width, 0
+    @record_function('sample: cache')
     def update(self, keys, values, *args, **kwargs):
         rows, at = torch.arange(len(keys), device=keys.device), self.texts.length.to(keys.device)
         self.keys[rows, :, at], self.values[rows, :, at] = keys[:, :, 0], values[:, :, 0]
@@ -117,18 +119,21 @@ class _InPlace:
 
 # %% ../nbs/29_sample.ipynb #in-place-add
 @patch
+@record_function('sample: cache')
 def add(self:_InPlace, prompt, k):
     "k texts that answer a prompt"
     live, length = len(self.length), prompt.get_seq_length()
     for layer,source in zip(self.past.layers, prompt.layers):
         for name in ('keys', 'values'):
             x = getattr(source, name)
-            if getattr(layer, name) is None: setattr(layer, name, x.new_zeros(self.rows, x.shape[1], self.longest, x.shape[3]))
+            if getattr(layer, name) is None:
+                setattr(layer, name, x.new_zeros(self.rows, x.shape[1], self.longest, x.shape[3]))
             getattr(layer, name)[live:live+k, :, :length] = x
     self.length = torch.cat([self.length, self.length.new_full((k,), length)])
 
 # %% ../nbs/29_sample.ipynb #in-place-drop
 @patch
+@record_function('sample: cache')
 def drop(self:_InPlace, alive):
     "Keep the texts that are alive [R]; the last ones move into the gaps. Where each row of the result was"
     n = int(alive.sum())
@@ -195,6 +200,7 @@ class _Writer:
 
 # %% ../nbs/29_sample.ipynb #writer-pick
 @patch
+@record_function('sample: vocabulary')
 def pick(self:_Writer, hidden, logits, text, place):
     "The next token of texts that are sorted by rule, and whether they go on"
     token, which = torch.empty_like(text), text//self.n % len(self.rules)
@@ -227,7 +233,7 @@ def pick_block(self:_Writer, k, step, key, position):
 def begin(self:_Writer, number, ids):
     "Answer a prompt: read it, draw the first tokens of all its texts, and go on with them as rows become free"
     past = DynamicCache(config=self.model.config)
-    first = _step(self.model, torch.tensor([ids], device=self.model.device), past)
+    with record_function('sample: prompt'): first = _step(self.model, torch.tensor([ids], device=self.model.device), past)
     if self.first is None: self.first = tuple(x.new_empty(self.cache.rows + 1, x.shape[1]) for x in first)
     place = min(set(range(self.cache.rows + 1)) - set(self.place.tolist()))
     for to,x in zip(self.first, first): to[place] = x[0]
@@ -246,7 +252,8 @@ def begin(self:_Writer, number, ids):
 def advance(self:_Writer):
     "One more token for each row"
     order = (self.text//self.n % len(self.rules)).argsort()
-    hidden, logits = _step(self.model, self.token[:, None], self.cache.past, order, **self.cache.inputs())
+    with record_function('sample: step' if len(order) == self.cache.rows else 'sample: step with free rows'):
+        hidden, logits = _step(self.model, self.token[:, None], self.cache.past, order, **self.cache.inputs())
     alive = torch.empty_like(order, dtype=torch.bool)
     self.token[order], alive[order] = self.pick(hidden, logits, self.text[order], self.place[order])
     self.cache.grow()

@@ -1,0 +1,121 @@
+"""How far `sample` is from the bare forward pass of its model, and where the rest of the time goes. Writes
+benchmarks/sampling.json, from which the page of the sampler draws its figure. Run: python benchmarks/sampling.py
+
+*Bare* is what no sampler can avoid. So many rows, each a prompt and the tokens after it, stand in one batch, padded on
+the left; the prompts have been read before the clock starts. Then the model is called once for each of the new tokens,
+one token a row, with the cache, the mask and the positions as `generate` would give them, and returns the logits of
+every row. Nothing looks at the logits, no row ends, and every row writes the same token again.
+
+*sample* is the whole call: reading the prompts, eight decoders with four samples of each prompt, the passes over the
+vocabulary, the draws, the cache, and the last steps, where not all rows are taken. It writes at least twice as many
+texts as there are rows; an answer that ends makes room for the next.
+
+Both take turns, and what is compared is tokens a second. The parts are shares of the seconds of one call, as
+torch.profiler sees them.
+"""
+import json, os, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from run import compared, ROOT
+from torch.profiler import profile, ProfilerActivity, record_function
+from transformers import DynamicCache
+
+from simpledeco.conversations import prompt_ids
+from simpledeco.head import TemperatureHead
+from simpledeco.model import load_model
+from simpledeco.sample import constant, head_rule, sample
+from simpledeco.study.models import model_folder
+from simpledeco.study.profiles import profile_prompts
+from simpledeco.study.settings import load_profile
+
+NEW, SAMPLES, ROUNDS = 24, 4, {16: 8, 64: 6, 192: 4} # tokens of a text; texts of a rule; pairs for each number of rows
+STAGES = {'sample: prompt': 'reading the prompts', 'sample: step with free rows': 'steps with free rows',
+          'sample: vocabulary': 'vocabulary', 'sample: cache': 'cache'}
+OPERATIONS = {'aten::linear': 'matrix products', 'aten::scaled_dot_product_attention': 'attention'}
+PARTS = (*OPERATIONS.values(), 'rest of the model', 'vocabulary', 'cache', 'reading the prompts', 'steps with free rows')
+
+
+def decoders(model):
+    "Eight rules: temperatures from greedy to hot, a nucleus, and heads that read either input"
+    torch.manual_seed(0)
+    heads = {reads: TemperatureHead(model.config.hidden_size, reads=reads).eval() for reads in ('logits', 'hidden')}
+    static = {f'T = {t}': constant(t) for t in (0, .5, .7, 1, 1.5)}
+    return static | dict(nucleus=constant(1, top_p=.9)) | {reads: head_rule(h) for reads,h in heads.items()}
+
+
+def subject(name='embedded'):
+    "The model of a profile, some of its prompts from every corpus, and the rules"
+    p = load_profile(name, ROOT)
+    model, tokenizer = load_model(model_folder(name))
+    prompts = [x['messages'] for x in profile_prompts(p, 4, ['train'])]
+    return SimpleNamespace(model=model, tokenizer=tokenizer, prompts=prompts, rules=decoders(model))
+
+
+def asked(m, rows, i):
+    "The prompts of round i: enough for twice as many texts as there are rows"
+    n = -(-2*rows//(SAMPLES*len(m.rules)))
+    return [m.prompts[(i*n + k) % len(m.prompts)] for k in range(n)]
+
+
+@torch.inference_mode()
+def bare(m, rows, i):
+    "Seconds a token of the bare pass"
+    encoded = prompt_ids(m.tokenizer, asked(m, rows, i))
+    width, per = max(map(len, encoded)), -(-rows//len(encoded)) # rows of a prompt
+    ids, mask = torch.zeros(2, len(encoded), width, dtype=torch.long)
+    for row,p in enumerate(encoded): ids[row, width-len(p):] = torch.tensor(p); mask[row, width-len(p):] = 1
+    past, options = DynamicCache(config=m.model.config), dict(use_cache=True)
+    m.model.base_model(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), past, **options)
+    past.batch_repeat_interleave(per); past.batch_select_indices(torch.arange(rows))
+    ids, mask = (x.repeat_interleave(per, 0)[:rows] for x in (ids, mask))
+    start = time.perf_counter()
+    for _ in range(NEW):
+        mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
+        m.model(ids[:, -1:], mask, mask.sum(1, keepdim=True) - 1, past, **options)
+    return (time.perf_counter() - start)/(NEW*rows)
+
+
+def ours(m, rows, i):
+    "Seconds a token of `sample`"
+    start = time.perf_counter()
+    found = sample(m.model, m.tokenizer, asked(m, rows, i), m.rules, SAMPLES, NEW, i, rows, progress=False)
+    return (time.perf_counter() - start)/sum(len(a.tokens) for x in found.values() for group in x for a in group)
+
+
+def speed(m, rows, rounds, methods=(bare, ours)):
+    "Seconds a token of each method [rounds, methods], in turns, each round in the other order; the first round warms up"
+    found = np.zeros((rounds, len(methods)))
+    for i in range(-1, rounds):
+        for k in range(len(methods))[::1 if i % 2 else -1]: found[i, k] = methods[k](m, rows, i) # the last is overwritten
+    return found
+
+
+def part_of(event):
+    "Which of PARTS an event of the profiler belongs to: that of the outermost part around it"
+    found = 'rest of the model'
+    while event is not None:
+        found = STAGES.get(event.name) or (OPERATIONS.get(event.name, found) if found not in STAGES.values() else found)
+        event = event.cpu_parent
+    return found
+
+
+def parts(m, rows):
+    "Share of the seconds of one call in each of PARTS"
+    with profile(activities=[ProfilerActivity.CPU]) as seen, record_function('call'): ours(m, rows, 0)
+    found = dict.fromkeys(PARTS, 0.)
+    for event in seen.events(): found[part_of(event)] += event.self_cpu_time_total
+    return {k: x/sum(found.values()) for k,x in found.items()}
+
+
+if __name__ == '__main__':
+    m = subject()
+    results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0], new_tokens=NEW, rules=len(m.rules), samples=SAMPLES)
+    for rows,rounds in ROUNDS.items():
+        pairs = speed(m, rows, rounds)
+        speeds = dict(zip(('bare_tokens_per_second', 'tokens_per_second'), 1/np.median(pairs, 0)))
+        results[f'sampling / bare, {rows} rows'] = compared(pairs)[0] | dict(limit=.8, **speeds, parts=parts(m, rows))
+        print(rows, results[f'sampling / bare, {rows} rows'], flush=True)
+        (Path(__file__).parent/'sampling.json').write_text(json.dumps(results, indent=1) + '\n')
