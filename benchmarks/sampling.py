@@ -7,8 +7,8 @@ one token a row, with the cache, the mask and the positions as `generate` would 
 every row. Nothing looks at the logits, no row ends, and every row writes the same token again.
 
 *sample* is the whole call: reading the prompts, eight decoders with four samples of each prompt, the passes over the
-vocabulary, the draws, the cache, and the last steps, where not all rows are taken. It writes at least twice as many
-texts as there are rows; an answer that ends makes room for the next.
+vocabulary, the draws, the cache, and the last steps, where not all rows are taken. It writes 64 texts, or twice as
+many as there are rows; an answer that ends makes room for the next.
 
 Both take turns, and what is compared is tokens a second. The parts are shares of the seconds of one call, as
 torch.profiler sees them.
@@ -55,8 +55,8 @@ def subject(name='embedded'):
 
 
 def asked(m, rows, i):
-    "The prompts of round i: enough for twice as many texts as there are rows"
-    n = -(-2*rows//(SAMPLES*len(m.rules)))
+    "The prompts of round i: enough for 64 texts, and for twice as many as there are rows"
+    n = -(-max(64, 2*rows)//(SAMPLES*len(m.rules)))
     return [m.prompts[(i*n + k) % len(m.prompts)] for k in range(n)]
 
 
@@ -86,10 +86,10 @@ def ours(m, rows, i):
 
 
 def speed(m, rows, rounds, methods=(bare, ours)):
-    "Seconds a token of each method [rounds, methods], in turns, each round in the other order; the first round warms up"
+    "Seconds a token of each method [rounds, methods], in turns, each round in the other order"
     found = np.zeros((rounds, len(methods)))
-    for i in range(-1, rounds):
-        for k in range(len(methods))[::1 if i % 2 else -1]: found[i, k] = methods[k](m, rows, i) # the last is overwritten
+    for i in range(rounds):
+        for k in range(len(methods))[::1 if i % 2 else -1]: found[i, k] = methods[k](m, rows, i)
     return found
 
 
@@ -112,6 +112,7 @@ def parts(m, rows):
 
 if __name__ == '__main__':
     m = subject()
+    for method in (bare, ours): method(m, 16, 0) # to warm up
     results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0], new_tokens=NEW, rules=len(m.rules), samples=SAMPLES)
     for rows,rounds in ROUNDS.items():
         pairs = speed(m, rows, rounds)

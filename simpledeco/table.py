@@ -145,12 +145,14 @@ def __getitem__(self:TokenTable,
     name:str, # label, z_max, z_true, gap, rank, entropy, log_z, example, group, position
 )->torch.Tensor: # [N] or [N, ...]
     "A whole column"
-    if name == 'gap': return self._gaps()
     if name == 'group': return self._groups[self['example'].long()]
-    if name not in self._columns: self._columns[name] = torch.cat([self._column(i, name) for i in range(len(self.shards))])
+    if name not in self._columns: self._columns[name] = self._gaps() if name == 'gap' else self._joined(name)
     return self._columns[name]
 
 # %% ../nbs/23_table.ipynb #table-gaps
+@patch
+def _joined(self:TokenTable, name): return torch.cat([self._column(i, name) for i in range(len(self.shards))])
+
 @patch
 def _gaps(self:TokenTable):
     gap = self['z_max'] - self['z_true']

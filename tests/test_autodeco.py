@@ -116,6 +116,21 @@ def test_training_reduces_the_objective_and_is_repeatable(smoke):
     for p,q in zip(heads.parameters(), again.parameters()): assert torch.equal(p, q)
 
 
+def test_training_and_prediction_read_a_table_in_parts(smoke, monkeypatch):
+    table, weight = smoke
+    heads, read, whole = fit_autodeco(table, steps=200, batch=4), [], type(table).take
+    expected = predict(heads, table, torch.arange(len(table)))
+    def take(self, name, rows): read.append(len(rows)); return whole(self, name, rows)
+    monkeypatch.setattr(type(table), 'take', take)
+    again = fit_autodeco(table, steps=200, batch=4)
+    for p,q in zip(heads.parameters(), again.parameters()): assert torch.equal(p, q)
+    assert 64 < max(read) <= 64*4 < len(table.rows(splits=['train']))/2
+    rows = torch.arange(len(table)).repeat(-(-5000//len(table)))
+    read.clear()
+    for x,want in zip(predict(heads, table, rows), expected): assert torch.allclose(x[:len(table)], want, atol=1e-6)
+    assert max(read) <= 4096 and sum(read) == 3*len(rows)
+
+
 def test_saved_heads_decode_as_before(tmp_path, smoke):
     table, weight = smoke
     heads = fit_autodeco(table, steps=2, batch=8)

@@ -21,7 +21,7 @@ from ..decode import tempered
 from ..evaluate import decoder_scores, mass_upto
 from ..logits import log_partition
 from ..table import TokenTable
-from ..train import fit, hold_out
+from ..train import fit, hold_out, read_ahead
 
 # %% ../../nbs/14_autodeco.ipynb #104a9003
 def _mlp(size): return nn.Sequential(nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, 1), nn.Sigmoid())
@@ -152,7 +152,7 @@ def token_columns(
 )->dict: # hidden [M, d], top [M, K], log_z [M, G], gap, rank and label [M]
     "What AutoDeco's losses read of some tokens, in memory"
     return dict(hidden=table.take('hidden', rows).float(), top=table.take('top_logits', rows),
-                log_z=table['log_z'][rows], gap=table['gap'][rows], rank=table['rank'][rows],
+                log_z=table.take('log_z', rows), gap=table['gap'][rows], rank=table['rank'][rows],
                 label=table['label'][rows].long())
 
 # %% ../../nbs/14_autodeco.ipynb #6ee55e2b
@@ -223,16 +223,17 @@ def fit_autodeco(
     _check_weight(table, output_weight)
     rows = table.rows(corpora, ['train'])
     fit_rows, held = hold_out(table, rows if keep is None else rows[keep[rows]])
-    x, held = token_columns(table, fit_rows), spread(held, 1000)
+    held = spread(held, 1000)
     torch.manual_seed(seed)
     heads = AutoDeco(table.info['hidden_size'], base_model=table.info['model'])
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-    for step,i in enumerate(batches(dict(all=torch.arange(len(fit_rows))), batch, steps, seed)):
+    drawn = batches(dict(all=fit_rows), batch, steps, seed)
+    for step,(x,_) in enumerate(read_ahead(lambda rows: token_columns(table, rows), drawn)):
         if curve is not None and step % max(1, steps//8) == 0:
             curve.append(dict(step=step, **score_autodeco(heads, table, held, **tricks)))
         optimizer.zero_grad()
-        autodeco_loss(heads, {k: v[i] for k,v in x.items()}, output_weight, **tricks).backward()
+        autodeco_loss(heads, x, output_weight, **tricks).backward()
         nn.utils.clip_grad_norm_(heads.parameters(), 1.)
         optimizer.step(); schedule.step()
     if curve is not None: curve.append(dict(step=steps, **score_autodeco(heads, table, held, **tricks)))
@@ -255,7 +256,8 @@ def predict(
     "What the heads say about tokens of a table. Raises `ValueError` when heads and table belong to different models"
     if heads.base_model != table.info['model']:
         raise ValueError(f"the heads were trained for base model {heads.base_model}, the table is of {table.info['model']}")
-    return _cached_forward(heads, token_columns(table, rows))
+    found = [_cached_forward(heads, token_columns(table, some)) for some in rows.split(2**12)]
+    return tuple(torch.cat(x) for x in zip(*found))
 
 # %% ../../nbs/14_autodeco.ipynb #18d515c7
 @torch.no_grad()
