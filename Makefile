@@ -72,10 +72,12 @@ clean:
 	rm -rf build/*/ heads tokens models answers judged tasks autodeco data paper/main.pdf
 	cd paper && (latexmk -c -silent 2>/dev/null || true)
 
-# speed and memory as ratios, in benchmarks/results.json; many kills and much bad input, in benchmarks/faults.json and bad_input.json
+# speed and memory as ratios, in benchmarks/results.json and sampling.json, printed as one table; many kills and much bad input, in benchmarks/faults.json and bad_input.json
 .PHONY: bench faults
 bench: setup
 	python benchmarks/run.py
+	python benchmarks/sampling.py
+	python benchmarks/table.py
 
 faults: setup
 	SIMPLEDECO_KILLS=60 SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_faults.py -k 'killed or fed'

@@ -1,8 +1,8 @@
-"""Speed and memory, as ratios measured side by side in one run. Prints a table and writes benchmarks/results.json. Run: make bench
+"""Speed and memory, as ratios measured side by side in one run. Writes benchmarks/results.json. Run: make bench
 
 Whatever is compared takes turns, call by call, so that a busy machine slows both; the ratio is the median of the pairs, with a 95% interval that resamples them.
 """
-import copy, json, os, subprocess, sys, time
+import json, os, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,8 @@ from transformers import MinPLogitsWarper
 
 from simpledeco.conversations import encode
 from simpledeco.study.data import load_examples
-from simpledeco.decode import attach, min_p_filter, sampling
-from simpledeco.head import TemperatureHead
-from simpledeco.model import fingerprint, load_model
+from simpledeco.decode import min_p_filter
+from simpledeco.model import load_model
 from simpledeco.study.models import build_model
 from simpledeco.scan import _batches, _scan_batch
 from simpledeco.study.settings import load_profile, project_root
@@ -88,18 +87,6 @@ def sampler(vocabulary, batch=16, rounds=20):
     return speed | dict(vocabulary=vocabulary, ours_milliseconds=1000*o/rounds, theirs_milliseconds=1000*t/rounds)
 
 
-def decode(model, tokenizer, reads, batch=16, new=8, rounds=40, temperature=.7):
-    "The same engine and the same min-p filter, with a head and with a static temperature"
-    head = TemperatureHead(model.config.hidden_size, reads=reads, base_model=fingerprint(model)).eval()
-    ids = tokenizer(['The capital of France is']*batch, return_tensors='pt').input_ids
-    options = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, do_sample=True, top_k=0)
-
-    theirs, mine = copy.deepcopy(model), copy.deepcopy(model) # both in memory of the same kind: the weights of `model` are mapped from a file
-    attach(mine, head) # once, as a user would: attaching checks the model with a forward pass
-    speed, s, o = compared(turns(lambda i: theirs.generate(ids, temperature=temperature, min_p=.1, **options), lambda i: mine.generate(ids, **(options | sampling(head))), rounds))
-    return speed | dict(head_tokens_per_second=batch*new*rounds/o, static_tokens_per_second=batch*new*rounds/s)
-
-
 def over_vocabularies():
     "Ours against AutoDeco, over the size of the vocabulary"
     from cost import training # decode.py imports this file where the packages of cost.py are missing
@@ -120,7 +107,6 @@ if __name__ == '__main__':
     model, tokenizer = load_model(build_model(p.model, ROOT/'models/embedded', p.sha256))
     parts = {'pre-scan / bare forward': lambda: prescan(model, tokenizer, p), 'peak memory, corpus x 4': memory,
              'min-p filter / transformers, V = 49,152': lambda: sampler(49152), 'min-p filter / transformers, V = 151,936': lambda: sampler(151936),
-             'decoding, head on logits / static': lambda: decode(model, tokenizer, 'logits'), 'decoding, head on hidden / static': lambda: decode(model, tokenizer, 'hidden'),
              'warm dvc repro': dvc, 'training tokens/s, ours / AutoDeco': over_vocabularies}
     results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0])
     for name,part in parts.items():
