@@ -113,7 +113,8 @@ def parts(m, rows):
 if __name__ == '__main__':
     m = subject()
     for method in (bare, ours): method(m, 16, 0) # to warm up
-    results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0], new_tokens=NEW, rules=len(m.rules), samples=SAMPLES)
+    results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0])
+    results |= dict(new_tokens=NEW, rules=len(m.rules), samples=SAMPLES)
     for rows,rounds in ROUNDS.items():
         pairs = speed(m, rows, rounds)
         speeds = dict(zip(('bare_tokens_per_second', 'tokens_per_second'), 1/np.median(pairs, 0)))

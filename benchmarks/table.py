@@ -1,18 +1,21 @@
-"""One table of all that was measured: each figure a ratio of one run, its 95% interval, and the limit that it must keep.
-Reads the JSON files of this folder. Run: python benchmarks/table.py
+"""One table of all that was measured: each figure a ratio of one run, its 95% interval, and the limit that it must
+keep. Reads the JSON files of this folder. Run: python benchmarks/table.py
 """
 import json
 from pathlib import Path
 
 LIMITS = {'pre-scan / bare forward': '>= 0.9', 'peak memory, corpus x 4': '<= 1.05', 'sampling / bare': '>= 0.8',
-          'min-p filter / transformers': '>= 1', 'transformers, ': '>= 0.985', 'vllm, ': '>= 0.985', 'training tokens/s at V = 49,152': '>= 1000'}
+          'min-p filter / transformers': '>= 1', 'transformers, ': '>= 0.985', 'vllm, ': '>= 0.985',
+          'training tokens/s at V = 49,152': '>= 1000'}
 
 
 def ratios(found, name=''):
     "(name, result) of every result that has a ratio, at any depth"
     if not isinstance(found, dict): return
     if 'ratio' in found: yield name, found
-    elif name.startswith('training'): yield from ((k.replace('ratio', 'training tokens/s'), dict(ratio=v)) for k,v in found.items() if k.startswith('ratio at'))
+    elif name.startswith('training'):
+        at = {k: v for k,v in found.items() if k.startswith('ratio at')}
+        yield from ((k.replace('ratio', 'training tokens/s'), dict(ratio=v)) for k,v in at.items())
     else:
         for k,v in found.items(): yield from ratios(v, f'{name}, {k}'.strip(', '))
 
