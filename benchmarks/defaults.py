@@ -1,5 +1,6 @@
 """What becomes of a head's promise when a model's own generation settings stay in force beside it: the share of true
-tokens that can still be drawn, with the settings that popular instruct models ship. Writes benchmarks/defaults.json. Run: make bench
+tokens that can still be drawn, with the settings that popular instruct models ship. Writes
+benchmarks/defaults.json. Run: make bench
 
 A true token is a token of a held-out conversation; it is kept if `generate`, given what stands before it, leaves it a
 probability. What `generate` would do to the logits is taken from itself: it hands the processors that it has prepared to the
