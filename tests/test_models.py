@@ -27,8 +27,8 @@ SIZES = (dict.fromkeys(('hidden_size', 'd_model', 'n_embd', 'dim', 'embedding_si
          | dict.fromkeys(('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'head_dim'), 16)
          | dict(vocab_size=V, decoder_layers=2, encoder_layers=2, num_key_value_heads=2, num_experts_per_tok=2, n_group=1,
                 topk_group=1, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-EXTRA = dict(minicpm3=dict(dim_model_base=16), opt=dict(word_embed_proj_dim=32), bert=dict(is_decoder=True),
-             rwkv=dict(attention_hidden_size=64), gemma3={}, qwen3_next={})
+EXTRA = dict(minicpm3=dict(dim_model_base=16), opt=dict(word_embed_proj_dim=32), codegen=dict(rotary_dim=16),
+             gptj=dict(rotary_dim=16), rwkv=dict(attention_hidden_size=64), gemma3={}, qwen3_next={})
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CHOSEN = (KINDS if os.environ.get('SIMPLEDECO_ALL_MODELS')
           else [k for k in KINDS if k in EXTRA or zlib.crc32(k.encode()) % 6 == 0])
@@ -44,12 +44,19 @@ def report():
         (ROOT/'benchmarks/architectures.json').write_text(json.dumps(dict(counts, kinds=FOUND), indent=1) + '\n')
 
 
+def small_sizes(config):
+    "Those of SIZES that a configuration has; as many key heads as query heads where it has as many; a decoder"
+    found = {k: v for k,v in SIZES.items() if isinstance(getattr(config, k, None), int)}
+    if getattr(config, 'num_key_value_heads', 0) == getattr(config, 'num_attention_heads', None):
+        found |= dict(num_key_value_heads=4)
+    return found | (dict(is_decoder=True) if getattr(config, 'is_decoder', None) is False else {})
+
+
 def small(kind):
     "A random model of a kind, with logits of several nats"
     default, extra = CONFIG_MAPPING[kind](), EXTRA.get(kind, {})
-    of = lambda config: {k: v for k,v in SIZES.items() if isinstance(getattr(config, k, None), int)}
     text = getattr(default, 'text_config', None)
-    sizes = of(default) if text is None else dict(text_config=text.to_dict() | of(text))
+    sizes = small_sizes(default) if text is None else dict(text_config=text.to_dict() | small_sizes(text))
     config = AutoConfig.for_model(kind, **sizes | extra)
     with torch.device('meta'): drawn = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     if sum(w.numel() for w in drawn.parameters()) > 3e7: raise ValueError('too large for a test')
