@@ -5,7 +5,7 @@ the end of this page a real model has been decoded with a temperature of its own
 
 # %% auto #0
 __all__ = ['NEUTRAL', 'OFF', 'divisor', 'Attachment', 'check_plain_logits', 'attach', 'min_p_filter', 'top_p_filter', 'tempered',
-           'sampling']
+           'sampling', 'prompt_temperature']
 
 # %% ../nbs/05_decode.ipynb #decode-imports
 import math
@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from .checks import check_fraction
 from .head import check_fits, check_min_p
-from .model import alike, check_here
+from .model import alike, check_here, read_output
 
 # %% ../nbs/05_decode.ipynb #25c88a5c
 def divisor(
@@ -92,6 +92,7 @@ def attach(
     other_model:bool=False, # accept a model that the head was not trained for
 )->Attachment: # has .remove(), also a context manager
     "Divide the model's logits by the head's temperature. Raises `ValueError` when the head does not fit"
+    if head.by == 'prompt': raise ValueError('this head has one temperature for each prompt: give `generate` what `prompt_temperature` says')
     if not (math.isfinite(scale) and scale > 0): raise ValueError(f'scale is {scale!r}: it must be a positive number')
     with _attaching:
         hooks = getattr(model.get_output_embeddings(), '_forward_hooks', {})
@@ -146,3 +147,18 @@ def sampling(
 )->dict: # keyword arguments for `model.generate`
     "Sampling options for a model with this head attached, in the place of the model's own"
     return dict(do_sample=True, min_p=check_min_p(head, min_p), **dict.fromkeys(OFF), generation_config=GenerationConfig(**NEUTRAL))
+
+# %% ../nbs/05_decode.ipynb #by-prompt
+@torch.no_grad()
+def prompt_temperature(
+    model, # a causal language model of transformers
+    head, # a TemperatureHead by prompt that was trained for it
+    ids:torch.Tensor, # [B, T] prompts as token ids, with the turn of the assistant opened
+    scale:float=1.0, # multiplies every temperature
+    **inputs, # of the model, such as attention_mask for prompts that are padded on the left
+)->torch.Tensor: # [B] float32
+    "The temperature with which to answer each prompt. Raises `ValueError` when the head does not fit"
+    if head.by != 'prompt': raise ValueError('this head has a temperature for each token: attach it')
+    check_fits(head, model)
+    hidden, logits, _ = read_output(model, lambda h: h[:, -1], input_ids=ids, **inputs)
+    return scale*head.temperature(head.live_inputs(hidden, logits))

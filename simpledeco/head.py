@@ -42,19 +42,20 @@ def logit_features(
     return torch.cat([entropy, log_p[..., :1], depth, nucleus_gap(gap, p, RISKS)/math.log(1/check_fraction('min_p', min_p))], -1)
 
 # %% ../nbs/02_head.ipynb #check-arguments
-def _check_arguments(hidden_size, width, base_model, t_min, t_max, record):
+def _check_arguments(hidden_size, width, base_model, t_min, t_max, record, by):
     "Raise `ValueError` for what is no head"
     whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= 1e6
     if not (whole(hidden_size) and 0 < hidden_size <= 2**20): raise ValueError(f'hidden_size is {hidden_size!r}: it must be a whole number from 1 to {2**20:,}')
     if not (whole(width) and 0 <= width <= 2**20): raise ValueError(f'width is {width!r}: it must be a whole number from 0 to {2**20:,}')
     if not (number(t_min) and number(t_max) and 0 < t_min < t_max): raise ValueError(f't_min is {t_min!r} and t_max {t_max!r}: 0 < t_min < t_max <= 1,000,000 must hold')
+    if by not in ('token', 'prompt'): raise ValueError(f"by is {by!r}: a head has one temperature by 'token' or by 'prompt'")
     if not isinstance(base_model, str) or not isinstance(record, dict | None): raise ValueError(f'base_model is {base_model!r} and record {record!r}: a text and a dict are needed')
 
 # %% ../nbs/02_head.ipynb #f3a7c7eb
 class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco', tags=['temperature', 'min-p', 'decoding'],
                       license='apache-2.0'):
-    "One temperature per token"
+    "One temperature for each token, or for each prompt"
     def __init__(self,
         hidden_size:int, # d, of the base model
         width:int=128, # hidden units; 0: a linear head
@@ -65,12 +66,14 @@ class TemperatureHead(nn.Module, PyTorchModelHubMixin, library_name='simpledeco'
         t_min:float=0.01, # temperatures are clamped to [t_min, t_max]; at t_min min-p is greedy
         t_max:float=10.0,
         record:dict|None=None, # where it comes from: model, revision, corpora, tokens, calibration, coverage
+        by:str='token', # 'token': it reads every token; 'prompt': it reads where the answer begins, once
     ):
         super().__init__()
-        _check_arguments(hidden_size, width, base_model, t_min, t_max, record)
+        _check_arguments(hidden_size, width, base_model, t_min, t_max, record, by)
         sizes = dict(logits=2 + len(RANKS) + len(RISKS), hidden=hidden_size, both=hidden_size + 2 + len(RANKS) + len(RISKS))
         if reads not in sizes: raise ValueError(f"reads is {reads!r}: a head reads 'logits', 'hidden' or 'both'")
         self.hidden_size, self.reads, self.base_model, self.t_min, self.t_max = hidden_size, reads, base_model, t_min, t_max
+        self.by = by
         self.min_p, self.risk, self.record = check_fraction('min_p', min_p), check_fraction('risk', risk), dict(record or {})
         size = sizes[reads]
         linear = lambda n, m: nn.Linear(n, m, dtype=torch.float32)
@@ -117,7 +120,8 @@ def inputs(self:TemperatureHead,
     table, # a TokenTable
     rows:torch.Tensor, # [M] row numbers
 )->torch.Tensor: # [M, 13], [M, d] or [M, d + 13]
-    "The inputs of the head from a token table"
+    "The inputs of the head from a token table; a head by prompt reads where the answer begins"
+    if self.by == 'prompt': rows = table.starts(rows)
     return self._join(lambda: table.take('hidden', rows), lambda: table.take('top_logits', rows))
 
 

@@ -44,7 +44,7 @@ def on_policy(
     prompts:list, # as from profile_prompts
     n:int=2, # answers for each prompt
     max_new_tokens:int=20, # longer answers are cut, and marked as not ended
-    min_p:float=.1, # the threshold of min-p sampling, at temperature 1
+    min_p:float|None=.1, # the threshold of min-p sampling, at temperature 1; None: nothing is cut
     seed:int=0,
     progress:bool=True, # show a progress bar
 )->list: # examples for `scan`, as from `judge`

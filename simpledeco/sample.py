@@ -32,6 +32,7 @@ class Step:
     prompt:torch.Tensor # [R] the place of its prompt in `first`, the same at every step
     first:tuple # hidden states [P, d] and logits [P, V] where the answers to the prompts begin
     state:dict # the rule's own: empty when the texts begin, then what the rule has put there
+    asked:torch.Tensor|None = None # [R] the number of its prompt, in the order in which they were asked
     @property
     def first_hidden(self): return self.first[0][self.prompt]
     @property
@@ -56,7 +57,10 @@ def head_rule(
     scale:float=1.0, # multiplies every temperature
 ): # a rule
     "The temperatures of a head, as `attach` would apply them, and its min-p"
-    return lambda step: tempered(step.logits, scale*head.temperature(head.live_inputs(step.hidden, step.logits)), min_p=head.min_p)
+    def rule(step):
+        read = (step.hidden, step.logits) if head.by == 'token' else (step.first_hidden, step.first_logits)
+        return tempered(step.logits, scale*head.temperature(head.live_inputs(*read)), min_p=head.min_p)
+    return rule
 
 # %% ../nbs/29_sample.ipynb #common-noise-hash
 def _hash(x):
@@ -203,7 +207,7 @@ def pick(self:_Writer, hidden, logits, text, place):
     for k in which.unique().tolist():
         for here in (which == k).nonzero()[:, 0].split(BLOCK):
             here = slice(int(here[0]), int(here[-1]) + 1)
-            step = Step(hidden[here], logits[here], text[here], place[here], self.first, self.states[k])
+            step = Step(hidden[here], logits[here], text[here], place[here], self.first, self.states[k], text[here]//self.copies)
             token[here] = self.pick_block(k, step, key[here], position[here])
     for t,new in zip(text.tolist(), token.tolist()): self.out[t].append(new)
     return token, ~torch.isin(token, self.ends) & (position + 1 < self.most)

@@ -190,3 +190,12 @@ def verify(self:TokenTable):
     "Read every column. Raises `ValueError`, naming the shard, unless every byte is as it was written"
     for i,shard in enumerate(self.shards):
         for name in shard: self._column(i, name)
+
+# %% ../nbs/23_table.ipynb #table-starts
+@patch
+def starts(self:TokenTable,
+    rows:torch.Tensor, # [M] row numbers
+)->torch.Tensor: # [M] row numbers
+    "The first row of the conversation of each row"
+    example = self['example']
+    return torch.searchsorted(example, example[rows])

@@ -51,6 +51,7 @@ def fit(
     risk:float=0.05, # the share of true tokens one accepts to lose
     width:int=128, # hidden units; 0: a linear head
     reads:str='logits', # what the head reads: 'logits', 'hidden' or 'both'
+    by:str='token', # 'token': a temperature for each token; 'prompt': one for all tokens of an answer
     steps:int=1500, # optimiser steps
     lr:float=1e-3, # largest learning rate
     batch:int=1024, # tokens in a step
@@ -64,7 +65,7 @@ def fit(
     kept, held = _prepare(table, corpora, select, seed)
     loss = loss or hinge(min_p, risk)
     torch.manual_seed(seed)
-    head = _new_head(table, torch.cat(list(kept.values())), width=width, reads=reads, min_p=min_p, risk=risk)
+    head = _new_head(table, torch.cat(list(kept.values())), width=width, reads=reads, by=by, min_p=min_p, risk=risk)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step,(x,rows) in enumerate(_read(head, table, batches(kept, batch, steps, seed)), 1):
