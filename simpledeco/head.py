@@ -121,7 +121,7 @@ def inputs(self:TemperatureHead,
     rows:torch.Tensor, # [M] row numbers
 )->torch.Tensor: # [M, 13], [M, d] or [M, d + 13]
     "The inputs of the head from a token table; a head by prompt reads where the answer begins"
-    if self.by == 'prompt': rows = table.starts(rows)
+    if self.by == 'prompt': rows = table.begins(rows)
     return self._join(lambda: table.take('hidden', rows), lambda: table.take('top_logits', rows))
 
 

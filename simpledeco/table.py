@@ -193,7 +193,7 @@ def verify(self:TokenTable):
 
 # %% ../nbs/23_table.ipynb #table-starts
 @patch
-def starts(self:TokenTable,
+def begins(self:TokenTable,
     rows:torch.Tensor, # [M] row numbers
 )->torch.Tensor: # [M] row numbers
     "The first row of the conversation of each row"

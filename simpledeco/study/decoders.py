@@ -22,7 +22,7 @@ from .rivals import edt, GRIDS, mean_shift, shuffled
 
 # %% ../../nbs/12_decoders.ipynb #decoders-row
 FAMILIES = ('static', 'rule', 'learned', 'ours', 'control', 'oracle')
-STAGES = ('evaluate', 'controls', 'frontier')
+STAGES = ('evaluate', 'controls', 'frontier', 'rungs')
 
 @dataclass(frozen=True)
 class Decoder:
@@ -31,7 +31,7 @@ class Decoder:
     about:str # what it does, in a phrase
     mark:str = '' # its marker in every figure; static temperatures share a line
     source:str = '' # key of the paper that it comes from, in paper/references.bib
-    shows:tuple = STAGES # the stages that it takes part in
+    shows:tuple = STAGES[:3] # the stages that it takes part in
     tokens:Callable|None = None # (Tokens, **setting) -> arguments of `decoder_scores`
     live:Callable|None = None # (Texts, **setting) -> a rule of the sampler
     grid:tuple = () # settings to choose from; a setting `scale` multiplies the temperature
@@ -127,7 +127,7 @@ def nucleus(t, p):
 
 # %% ../../nbs/12_decoders.ipynb #decoders-static-rows
 every = ('evaluate', 'frontier')
-STATIC = [static(0, STAGES), *(static(t, every) for t in (.3, .5, .7)), static(1, STAGES), static(1.3, ('evaluate',)), static(1.5, ('frontier',)),
+STATIC = [static(0, STAGES[:3]), *(static(t, every) for t in (.3, .5, .7)), static(1, STAGES[:3]), static(1.3, ('evaluate',)), static(1.5, ('frontier',)),
     *(nucleus(t, .9) for t in (.7, 1)),
     Decoder('T = 1, no filter', 'static', 'the model as it is', shows=('controls',), tokens=lambda c: dict(temperature=c.full(1))),
     Decoder('best constant', 'static', 'the constant that minimises the hinge on the training tokens', shows=('evaluate',),
@@ -218,7 +218,7 @@ def table_of(rows):
 
 # %% ../../nbs/12_decoders.ipynb #decoders-checked
 def _checked(d):
-    needs = dict(evaluate='tokens', controls='tokens', frontier='live')
+    needs = dict(evaluate='tokens', controls='tokens', frontier='live', rungs='live')
     if d.family not in FAMILIES: raise ValueError(f'decoder {d.name!r}: family {d.family!r} is not one of {", ".join(FAMILIES)}')
     if d.family != 'static' and not d.mark: raise ValueError(f'decoder {d.name!r} has no marker: give it one that no other row of its stages has')
     if not d.shows: raise ValueError(f'decoder {d.name!r} takes part in no stage')
