@@ -16,6 +16,7 @@ from ..conversations import SPLITS
 from ..files import json_lines, write_whole
 from .corpora import CORPORA, make_corpus
 from .prompts import make_prompts
+from .tasks import make_tasks
 from .settings import check_params, check_profiles, load_params, project_root
 
 # %% ../../nbs/43_data.ipynb #528f7012
@@ -40,7 +41,7 @@ def build_data(
     "Make every corpus, and the prompts, in data/ from the pinned packages and check it. Raises `ValueError` naming the file that differs"
     pins, folder = pinned_hashes(root), Path(root)/'data'
     folder.mkdir(exist_ok=True)
-    files = {name: make_corpus(name) for name in CORPORA} | dict(prompts=make_prompts())
+    files = {name: make_corpus(name) for name in CORPORA} | dict(prompts=make_prompts(), tasks=make_tasks())
     return [_write_checked(folder/f'{name}.jsonl', to_jsonl(examples), pins) for name,
             examples in files.items()]
 
@@ -78,9 +79,10 @@ def load_prompts(
     max_prompts:int, # at most so many of each corpus and split
     splits=SPLITS, # which splits
     corpora=None, # which corpora; None: all
+    file:str='prompts', # prompts or tasks
 )->list: # prompts in a fixed order
-    "Read prompts from data/prompts.jsonl"
-    path = Path(root)/'data/prompts.jsonl'
+    "Read prompts from data/prompts.jsonl, or those of the tasks"
+    path = Path(root)/f'data/{file}.jsonl'
     if not path.exists(): raise FileNotFoundError(f'{path} is missing: run `make data`')
     xs = [x for _,x in json_lines(path)]
     names = corpora or dict.fromkeys(x['corpus'] for x in xs)

@@ -5,14 +5,15 @@ know every rung between a constant and a token: who chooses, what it looks at, a
 
 # %% auto #0
 __all__ = ['QUESTION_WORDS', 'WARM', 'HOT', 'TIMES', 'STATIC_RUNGS', 'RULE_RUNGS', 'LEARNED_RUNGS', 'OUR_RUNGS', 'CONTROL_RUNGS',
-           'ORACLE_RUNGS', 'RUNGS', 'Asked', 'asks', 'asks_a_fact', 'fit_probe', 'value_temperature', 'two_sided',
-           'cross_entropy', 'rejudged', 'fit_rungs', 'fit_probes', 'mean_temperatures', 'rung', 'cut', 'greedy_below',
-           'running_mean', 'at_first', 'learned_switch', 'given_value']
+           'ORACLE_RUNGS', 'LEARNS', 'RUNGS', 'Asked', 'asks', 'asks_a_fact', 'fit_probe', 'value_temperature',
+           'two_sided', 'cross_entropy', 'rejudged', 'fit_rungs', 'fit_probes', 'rated', 'mean_temperatures', 'rung',
+           'cut', 'greedy_below', 'running_mean', 'at_first', 'learned_switch', 'given_value']
 
 # %% ../../nbs/52_rungs.ipynb #rungs-imports
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ..decode import tempered
@@ -38,7 +39,7 @@ class Asked:
     @property
     def texts(self): return [x['messages'][-1]['content'] for x in self.prompts]
     @property
-    def open(self): return torch.tensor([x['answer'] is None for x in self.prompts])
+    def open(self): return torch.tensor([x['answer'] is None for x in self.prompts], dtype=torch.bool)
 
     def head(self, name, s): return head_rule(self.heads[name], s)
     def by_prompt(self, temperature): # [P] a temperature for each prompt -> a rule
@@ -167,6 +168,16 @@ def fit_probes(
                 value=fit_probe(table.take('hidden', some), right[some], weight[some]))
 
 
+def rated(table, good, steps, seed, rates=(1e-4, 3e-4, 1e-3)): # AutoDeco at the best of these rates, on tokens of right answers
+    "The rate is chosen by its own objective on held-out conversations of the same answers"
+    tried = []
+    for lr in rates:
+        curve = []
+        heads = fit_autodeco(table, keep=good, lr=lr, steps=min(steps, 400), batch=256, seed=seed, curve=curve)
+        tried.append((float(np.nan_to_num(curve[-1]['objective'], nan=np.inf)), len(tried), heads))
+    return min(tried)[2]
+
+
 def mean_temperatures(head, table, examples): # {'open': T, 'closed': T}
     "The mean temperature of a head on its training answers, by kind"
     rows = table.rows(splits=['train'])
@@ -242,4 +253,5 @@ CONTROL_RUNGS = [
         ('shuffled key', 'by token, verdicts in another order', '$c$'), ('right answers only', 'by token, without the wrong answers', '$d$')))]
 ORACLE_RUNGS = [rung('oracle switch', 'oracle', 'greedy where there is a key', '*', HOT, lambda c, s: c.switch(c.open, s))]
 
+LEARNS = ('learned', 'ours', 'control') # families that are sampled once for each seed
 RUNGS = table_of([*STATIC_RUNGS, *RULE_RUNGS, *LEARNED_RUNGS, *OUR_RUNGS, *CONTROL_RUNGS, *ORACLE_RUNGS])
