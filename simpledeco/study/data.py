@@ -37,7 +37,8 @@ def pinned_hashes(
 def build_data(
     root:Path, # the project: holds data.dvc; data/ is made below it
 )->list: # the files of data/
-    "Make every corpus, and the prompts, in data/ from the pinned packages and check it. Raises `ValueError` naming the file that differs"
+    """Make every corpus, and the prompts, in data/ from the pinned packages and check it. Raises
+    `ValueError` naming the file that differs"""
     pins, folder = pinned_hashes(root), Path(root)/'data'
     folder.mkdir(exist_ok=True)
     files = {name: make_corpus(name) for name in CORPORA} | dict(prompts=make_prompts())
@@ -47,10 +48,12 @@ def build_data(
 # %% ../../nbs/43_data.ipynb #686f6eca
 def _write_checked(path, content, pins):
     if hashlib.md5(content).hexdigest() != pins.get(path.name):
-        raise ValueError(f'data/{path.name} as built from the installed packages is not what data.dvc pins: '
-                         'reinstall with `make setup`, or restore data.dvc with git; if the change is intended, run `dvc commit data.dvc`')
+        raise ValueError(f'data/{path.name} as built from the installed packages is not what '
+                         'data.dvc pins: reinstall with `make setup`, or restore data.dvc with git; '
+                         'if the change is intended, run `dvc commit data.dvc`')
     if path.exists() and path.read_bytes() != content:
-        raise ValueError(f'data/{path.name} has been changed since it was built: delete it and run `make data`')
+        raise ValueError(f'data/{path.name} has been changed since it was '
+                         'built: delete it and run `make data`')
     if not path.exists(): write_whole(path, lambda tmp: tmp.write_bytes(content))
     return path
 
@@ -84,11 +87,13 @@ def load_prompts(
     if not path.exists(): raise FileNotFoundError(f'{path} is missing: run `make data`')
     xs = [x for _,x in json_lines(path)]
     names = corpora or dict.fromkeys(x['corpus'] for x in xs)
-    return [x for name in names for s in splits for x in _spread([x for x in xs if x['corpus'] == name and x['split'] == s], max_prompts)]
+    return [x for name in names for s in splits
+            for x in _spread([x for x in xs if x['corpus'] == name and x['split'] == s], max_prompts)]
 
 # %% ../../nbs/43_data.ipynb #data-main
 def main():
-    "Build what is missing in data/, check the rest, and check params.yaml with the profiles that it names"
+    """Build what is missing in data/, check the rest, and check params.yaml with the profiles that
+    it names"""
     root = project_root()
     params = load_params(root)
     for profile in check_profiles(params, root):

@@ -28,9 +28,11 @@ def package_file(
     found = importlib.util.find_spec(module)
     if found is None: raise FileNotFoundError(f'package {module} is not installed: run `make setup`')
     path = Path(found.origin).parent/name
-    if not path.exists(): raise FileNotFoundError(f'{path} is missing: reinstall {module} with `make setup`')
+    if not path.exists():
+        raise FileNotFoundError(f'{path} is missing: reinstall {module} with `make setup`')
     if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f'{path} has another sha256 than settings.ini names: reinstall {module} or correct the setting')
+        raise ValueError(f'{path} has another sha256 than settings.ini names: '
+                         f'reinstall {module} or correct the setting')
     return path
 
 # %% ../../nbs/41_models.ipynb #cd011bf3
@@ -46,12 +48,15 @@ def _from_gguf(path):
 def _tiny_llama(path, tokenizer=None, hidden_size=32, steps=300, block=128):
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     set_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden_size,
-                                         intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden_size,
+        intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=2048, bos_token_id=tokenizer.bos_token_id,
-                                         eos_token_id=tokenizer.eos_token_id))
-    texts = [tokenizer.apply_chat_template(x['messages'], tokenize=False) for name in CORPORA for x in make_corpus(name)[:50]]
-    ids, optimizer = torch.tensor(tokenizer(''.join(texts)).input_ids), torch.optim.AdamW(model.parameters(), lr=1e-2)
+        eos_token_id=tokenizer.eos_token_id))
+    texts = [tokenizer.apply_chat_template(x['messages'], tokenize=False) for name in CORPORA
+             for x in make_corpus(name)[:50]]
+    ids = torch.tensor(tokenizer(''.join(texts)).input_ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
         i = torch.randint(len(ids) - block, (1,)).item()
         loss = model(ids[None, i:i+block], labels=ids[None, i:i+block]).loss
@@ -91,9 +96,11 @@ def build_model(
 def _from_hub(spec):
     name, revision = split_source(spec)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision), AutoTokenizer.from_pretrained(name, revision=revision)
+        return (AutoModelForCausalLM.from_pretrained(name, revision=revision),
+                AutoTokenizer.from_pretrained(name, revision=revision))
     except OSError as e:
-        raise OSError(f'cannot load model {spec!r}: is it a local folder or a hub id that this machine can reach? '
+        raise OSError(f'cannot load model {spec!r}: is it a local folder or '
+                      'a hub id that this machine can reach? '
                       f'Gated models need `hf auth login`. ({str(e).splitlines()[0]})') from e
 
 # %% ../../nbs/41_models.ipynb #model-folder

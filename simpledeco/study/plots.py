@@ -65,7 +65,8 @@ def plot_auroc(
             ax.plot([i + .1*(k - len(marks)/2) for i in range(len(corpora))], rows, mark, color='k',
                     mfc='w' if k % 2 else 'k', label=score, ls='')
         ax.axhline(.5, color='.6', ls=':')
-        ax.set(xticks=range(len(corpora)), xticklabels=corpora, ylabel='AUROC'); ax.legend(ncol=len(marks),
+        ax.set(xticks=range(len(corpora)), xticklabels=corpora, ylabel='AUROC')
+        ax.legend(ncol=len(marks),
             loc='lower center', bbox_to_anchor=(.5, 1))
     plt.close(fig)
     return fig
@@ -81,9 +82,11 @@ def plot_tradeoff(
         fig, axes = plt.subplots(-(-len(corpora)//columns), columns,
                                  figsize=(6.3, 1.75*-(-len(corpora)//columns)), constrained_layout=True,
                                  squeeze=False)
-        for ax,corpus in zip(axes.flat, corpora): _tradeoff_panel(ax, scores[scores.corpus == corpus], corpus)
+        for ax,corpus in zip(axes.flat, corpora):
+            _tradeoff_panel(ax, scores[scores.corpus == corpus], corpus)
         for ax in axes.flat[len(corpora):]: ax.axis('off')
-        fig.supxlabel('share of true tokens kept', fontsize=8); fig.supylabel('expected probability', fontsize=8)
+        fig.supxlabel('share of true tokens kept', fontsize=8)
+        fig.supylabel('expected probability', fontsize=8)
         fig.legend(*axes.flat[0].get_legend_handles_labels(), ncol=5, loc='outside upper center')
     plt.close(fig)
     return fig
@@ -92,7 +95,8 @@ def plot_tradeoff(
 def _tradeoff_panel(ax, rows, title):
     static = rows[[DECODERS[m].family == 'static' and m != 'best constant' for m in rows.method]]
     ax.plot(static.kept, static.p_true, '.-', color='.5', label='static T')
-    for k,(method,mark) in enumerate(marks([m for m in rows.method if DECODERS[m].family != 'static']).items()):
+    others = [m for m in rows.method if DECODERS[m].family != 'static']
+    for k,(method,mark) in enumerate(marks(others).items()):
         here = rows[rows.method == method]
         ax.plot(here.kept, here.p_true, mark, color='k', mfc='w' if k % 2 else 'k', ls='', label=method)
     ax.set_title(title, fontsize=8)
@@ -122,8 +126,8 @@ def plot_contract(
     "Coverage achieved against coverage promised, by corpus, as trained and calibrated"
     names = list(dict.fromkeys(table.corpus))
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(names), figsize=(6.3, 1.9), sharey=True, constrained_layout=True,
-                                 squeeze=False)
+        fig, axes = plt.subplots(1, len(names), figsize=(6.3, 1.9), sharey=True,
+                                 constrained_layout=True, squeeze=False)
         for ax,name in zip(axes[0], names):
             ax.plot([.78, 1], [.78, 1], color='.6', ls=':')
             found = table[table.corpus == name].groupby(['rows', 'head'], sort=False)
@@ -141,10 +145,12 @@ def plot_contract(
 def plot_efficiency(
     table:pd.DataFrame, # columns rows ('static' for static temperatures), head, corpus, covered, candidates, p_true
 ):
-    "What coverage costs: candidates and expected probability, for calibrated heads and for static temperatures"
+    """What coverage costs: candidates and expected probability, for calibrated heads and for static
+    temperatures"""
     names = list(dict.fromkeys(table.corpus))
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(2, len(names), figsize=(6.3, 3.2), constrained_layout=True, squeeze=False)
+        fig, axes = plt.subplots(2, len(names), figsize=(6.3, 3.2), constrained_layout=True,
+                                 squeeze=False)
         for column,name in zip(axes.T, names):
             here = table[(table.corpus == name) & (table['head'] != 'as trained')]
             for ax,y in zip(column, ('candidates', 'p_true')):
@@ -206,7 +212,8 @@ def plot_cost(
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(6.3, 2.2), constrained_layout=True)
         names = dict(ours='ours', ours_hidden='ours, hidden', autodeco='AutoDeco')
-        for ax,suffix,label in zip(axes, ('', '_mb'), ('training tokens/s', 'growth of peak memory (MiB)')):
+        for ax,suffix,label in zip(axes, ('', '_mb'),
+                                   ('training tokens/s', 'growth of peak memory (MiB)')):
             for (key,name),mark in zip(names.items(), ('o-', 's--', '^:')):
                 ax.plot(table.vocabulary, table[key + suffix], mark, color='k', mfc='w', label=name)
             ax.set(xscale='log', yscale='log', xlabel='vocabulary', ylabel=label)
@@ -227,7 +234,8 @@ def plot_decomposition(
                                  ('MeanShift (nats)', 'token level (nats)')):
             for k,(method,mark) in enumerate(marks.items()):
                 g = table[table.method == method].set_index('corpus').reindex(corpora)
-                at, bar = [i + .8*(k/len(marks) - .5) for i in range(len(corpora))], [g[part] - g[f'{part}_lo'], g[f'{part}_hi'] - g[part]]
+                at = [i + .8*(k/len(marks) - .5) for i in range(len(corpora))]
+                bar = [g[part] - g[f'{part}_lo'], g[f'{part}_hi'] - g[part]]
                 ax.errorbar(at, g[part], bar, fmt=mark, color='k', mfc='w' if k % 2 else 'k', lw=.6,
                             label=method)
             ax.axhline(0, color='.6', ls=':'); ax.set_ylabel(label)
@@ -245,7 +253,8 @@ def plot_lethality(
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, len(names), figsize=(6.3, 3.1), sharey=True,
                                  constrained_layout=True, squeeze=False)
-        for ax,name in zip(axes[0], names): _lethality_panel(ax, table[table.reads == name], f'reads {name}')
+        for ax,name in zip(axes[0], names):
+            _lethality_panel(ax, table[table.reads == name], f'reads {name}')
         axes[0, 0].invert_yaxis(); fig.supxlabel('predicted temperature', fontsize=8)
     plt.close(fig)
     return fig
@@ -291,5 +300,5 @@ def plot_frontier(
 def _frontier_line(ax, rows, kind, ls):
     ax.plot(rows.diversity, rows.accuracy, ls, color='.6', label=kind)
     for _,r in rows.iterrows():
-        ax.annotate(r.method.removeprefix('T = ').split(',')[0], (r.diversity, r.accuracy), xytext=(2, -8),
-                    textcoords='offset points', fontsize=6, color='.4')
+        ax.annotate(r.method.removeprefix('T = ').split(',')[0], (r.diversity, r.accuracy),
+                    xytext=(2, -8), textcoords='offset points', fontsize=6, color='.4')

@@ -29,7 +29,8 @@ def _of_hub(p, names, most):
     sources = corpus_sources(p.root)
     for name in names:
         if name not in SCHEMAS or name not in sources:
-            raise ValueError(f'settings.ini [{p.name}] corpora: {name!r} is not in [corpora] or has no schema; '
+            raise ValueError(f'settings.ini [{p.name}] corpora: {name!r} is '
+                             'not in [corpora] or has no schema; '
                              f'there are {", ".join(SCHEMAS)}')
     return [x for name in names for x in hub_corpus(name, sources[name], most, p.root)]
 

