@@ -22,7 +22,8 @@ def required_temperature(
     gap:torch.Tensor, # [...] z_max - z_true, in nats, >= 0
     min_p:float, # the threshold of min-p sampling
 )->torch.Tensor: # [...] the smallest temperature at which the true token survives
-    "T* = gap / log(1/min_p) (paper, proposition 1). Raises `ValueError` for negative or non-finite gaps, or min_p outside (0, 1)"
+    """T* = gap / log(1/min_p) (paper, proposition 1). Raises `ValueError` for negative or
+    non-finite gaps, or min_p outside (0, 1)"""
     check_fraction('min_p', min_p)
     if not (torch.isfinite(gap).all() and (gap >= 0).all()):
         raise ValueError('gaps must be finite and not negative: gap = z_max - z_true')
