@@ -48,7 +48,8 @@ def training_rows(
     kept = dict(trivial=rows[(found == 0) & thin], goldilocks=rows[found == 1])
     for name,r in kept.items():
         if not len(r):
-            raise ValueError(f'the {name} bucket is empty: of {len(rows)} tokens none qualifies; add corpora or examples')
+            raise ValueError(f'the {name} bucket is empty: of {len(rows)} '
+                             'tokens none qualifies; add corpora or examples')
     return kept
 
 # %% ../nbs/27_buckets.ipynb #10a3f6ae
@@ -80,7 +81,8 @@ def share_rows(
     for name,share in shares.items():
         here = rows[found == BUCKETS.index(name)]
         if not len(here):
-            raise ValueError(f'the {name} bucket is empty: of {len(rows)} tokens none qualifies; add corpora or examples')
+            raise ValueError(f'the {name} bucket is empty: of {len(rows)} '
+                             'tokens none qualifies; add corpora or examples')
         kept.append(here[torch.randint(len(here), (round(share*size),), generator=generator)])
     return dict(mix=torch.cat(kept))
 
@@ -90,14 +92,19 @@ def balanced_rows(
     rows:torch.Tensor, # [M] candidate rows
     seed:int=0,
 )->dict: # row numbers by corpus: equally many of each bucket and corpus
-    "A large and broad set that is balanced by bucket and corpus. Raises `ValueError` when no corpus has all buckets"
-    names, found = [table.examples[e]['corpus'] for e in table['example'][rows].tolist()], table_buckets(table, rows)
-    cells = {c: [rows[torch.tensor([n == c for n in names]) & (found == b)] for b in range(len(BUCKETS))] for c in dict.fromkeys(names)}
+    """A large and broad set that is balanced by bucket and corpus. Raises `ValueError` when no
+    corpus has all buckets"""
+    names = [table.examples[e]['corpus'] for e in table['example'][rows].tolist()]
+    found = table_buckets(table, rows)
+    cells = {c: [rows[torch.tensor([n == c for n in names]) & (found == b)]
+                 for b in range(len(BUCKETS))] for c in dict.fromkeys(names)}
     least = {c: min(map(len, x)) for c,x in cells.items()}
-    each = max(least.values(), key=lambda n: n*sum(m >= n for m in least.values())**2) # breadth before size
+    # breadth before size
+    each = max(least.values(), key=lambda n: n*sum(m >= n for m in least.values())**2)
     if not each: raise ValueError('no corpus has tokens of every bucket: scan more examples')
     generator = torch.Generator().manual_seed(seed)
-    return {c: torch.cat([r[torch.randperm(len(r), generator=generator)[:each]] for r in cells[c]]) for c in cells if least[c] >= each}
+    return {c: torch.cat([r[torch.randperm(len(r), generator=generator)[:each]] for r in cells[c]])
+            for c in cells if least[c] >= each}
 
 # %% ../nbs/27_buckets.ipynb #spread-rows
 def spread(
@@ -118,4 +125,5 @@ def batches(
     generator = torch.Generator().manual_seed(seed)
     share = size//len(kept)
     for _ in range(steps):
-        yield torch.cat([r[torch.randint(len(r), (share,), generator=generator)] for r in kept.values()])
+        yield torch.cat([r[torch.randint(len(r), (share,), generator=generator)]
+                         for r in kept.values()])
