@@ -32,7 +32,8 @@ def majority_right(
     right:list, # bool for each
 )->bool:
     "Is the most frequent answer right? Case and punctuation do not count, the earliest of equals wins"
-    plain = [' '.join(re.findall(r'-?\d+(?:\.\d+)?|\w+', t.lower())) for t in texts] # signs and decimal points count
+    # signs and decimal points count
+    plain = [' '.join(re.findall(r'-?\d+(?:\.\d+)?|\w+', t.lower())) for t in texts]
     return right[plain.index(Counter(plain).most_common(1)[0][0])]
 
 # %% ../nbs/31_text.ipynb #55ea1317
@@ -61,7 +62,8 @@ def self_bleu(
     "Mean BLEU of each text against the others (sacreBLEU)"
     from sacrebleu import sentence_bleu
     if len(texts) < 2: raise ValueError('self-BLEU needs at least two texts of a prompt')
-    return float(np.mean([sentence_bleu(t, texts[:i] + texts[i+1:]).score for i,t in enumerate(texts)]))/100
+    return float(np.mean([sentence_bleu(t, texts[:i] + texts[i+1:]).score
+                          for i,t in enumerate(texts)]))/100
 
 # %% ../nbs/31_text.ipynb #11651aea
 def _draws(n, bootstrap, seed): return np.random.default_rng(seed).integers(0, n, (bootstrap, n))
@@ -87,11 +89,13 @@ def frontier_excess(
     seed:int=0,
 )->dict: # mean, lo and hi of a 95% interval
     "Accuracy of a method less that of the frontier of constants at the same diversity"
-    accuracy, diversity = (np.stack([np.asarray(x[i], float) for x in [method, *static]]) for i in (0, 1))
+    accuracy, diversity = (np.stack([np.asarray(x[i], float) for x in [method, *static]])
+                           for i in (0, 1))
     def excess(a, d):
         order = np.argsort(d[1:])
         return a[0] - np.interp(d[0], d[1:][order], a[1:][order])
-    pairs = zip(_draws(accuracy.shape[1], bootstrap, seed), _draws(diversity.shape[1], bootstrap, seed + 1))
+    pairs = zip(_draws(accuracy.shape[1], bootstrap, seed),
+                _draws(diversity.shape[1], bootstrap, seed + 1))
     lo, hi = np.quantile([excess(accuracy[:, i].mean(1), diversity[:, j].mean(1)) for i,j in pairs],
                          [.025, .975])
     return dict(mean=float(excess(accuracy.mean(1), diversity.mean(1))), lo=float(lo), hi=float(hi))
