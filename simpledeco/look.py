@@ -77,12 +77,14 @@ def token_report(
     from simpledeco.model import context_length, read_output
     ids, where = encode(dict(id='text', messages=messages), tokenizer, context_length(model))
     with torch.no_grad():
-        hidden, z, _ = read_output(model, lambda h: h[0, [w - 1 for w in where]], input_ids=torch.tensor([ids], device=model.device))
+        hidden, z, _ = read_output(model, lambda h: h[0, [w - 1 for w in where]],
+                                   input_ids=torch.tensor([ids], device=model.device))
         z = z.float()
         T = scale*head.temperature(head.live_inputs(hidden, z))
     labels = [ids[w] for w in where]
     texts = added_text(tokenizer, labels)
-    return [dict(text=text, **_token(tokenizer, *x, head.min_p, shown)) for text,*x in zip(texts, z, T.tolist(), labels)]
+    return [dict(text=text, **_token(tokenizer, *x, head.min_p, shown))
+            for text,*x in zip(texts, z, T.tolist(), labels)]
 
 # %% ../nbs/32_look.ipynb #2b6c04a8
 def _token(tokenizer, z, T, label, min_p, shown):
@@ -91,7 +93,8 @@ def _token(tokenizer, z, T, label, min_p, shown):
     from simpledeco.loss import required_temperature
     p = min_p_filter(z/T, min_p).softmax(-1)
     gap, top = z.max() - z[label], p.topk(shown)
-    names = [(tokenizer.decode([i]), q) for i,q in zip(top.indices.tolist(), top.values.tolist()) if q > 0]
+    names = [(tokenizer.decode([i]), q)
+             for i,q in zip(top.indices.tolist(), top.values.tolist()) if q > 0]
     return dict(temperature=T, gap=gap.item(), rank=int((z > z[label]).sum()) + 1,
                 needed=required_temperature(gap, min_p).item(), kept=bool(p[label] > 0),
                 count=int((p > 0).sum()), candidates=names)
@@ -112,20 +115,25 @@ def _why(x):
     "The reasons for the temperature of one token, in lines"
     name = lambda s: 'part of a character' if '\ufffd' in s else repr(s)
     more = x['count'] - len(x['candidates'])
-    return '\n'.join([f'temperature {x["temperature"]:.2f}', f'gap {x["gap"]:.2f} nats, rank {x["rank"]}',
-        f'needs {x["needed"]:.2f}: {"kept" if x["kept"] else "cut"}', f'candidates: {x["count"]}',
-        *(f'{p:6.1%}  {name(s)}' for s,p in x['candidates']), *([f'and {more} more'] if more else [])])
+    lines = [f'temperature {x["temperature"]:.2f}', f'gap {x["gap"]:.2f} nats, rank {x["rank"]}',
+             f'needs {x["needed"]:.2f}: {"kept" if x["kept"] else "cut"}', f'candidates: {x["count"]}',
+             *(f'{p:6.1%}  {name(s)}' for s,p in x['candidates'])]
+    return '\n'.join(lines + [f'and {more} more']*bool(more))
 
 # %% ../nbs/32_look.ipynb #076597e1
 def _span(tokens):
     "The tokens of one whole text, mostly one: a ruby with the hottest of their temperatures"
     q, text = lambda s: html.escape(s).replace('\n', '&#10;'), tokens[-1]['text']
-    T, kept, why = max(x['temperature'] for x in tokens), all(x['kept'] for x in tokens), '\n'.join(map(_why, tokens))
+    T = max(x['temperature'] for x in tokens)
+    kept = all(x['kept'] for x in tokens)
+    why = '\n'.join(map(_why, tokens))
     body, before = text.strip(), text[:len(text) - len(text.lstrip())]
     shown = html.escape(body) or '␣' # a token of blanks is seen too
     colour, mark = 'rgb({},{},{})'.format(*heat(T)), '' if kept else '&nbsp;×'
-    return (f'{_breaks(before)}<ruby class="sd-t{"" if kept else " sd-cut"}" tabindex="0" data-why="{q(why)}" '
-            f'style="border-color:{colour}">{shown}<rt>&nbsp;{T:.1f}{mark}&nbsp;</rt></ruby>{_breaks(text[len(before + body):])}')
+    kind = 'sd-t' if kept else 'sd-t sd-cut'
+    return (f'{_breaks(before)}<ruby class="{kind}" tabindex="0" data-why="{q(why)}" '
+            f'style="border-color:{colour}">{shown}<rt>&nbsp;{T:.1f}{mark}&nbsp;</rt></ruby>'
+            f'{_breaks(text[len(before + body):])}')
 
 # %% ../nbs/32_look.ipynb #view-breaks
 def _breaks(blanks):
@@ -150,14 +158,16 @@ class TokenView:
             if x['text']: out.append([])
         return out[:-1]
     def __repr__(self):
-        return ''.join(f'{g[-1]["text"]}[{max(x["temperature"] for x in g):.1f}]' for g in self.groups())
+        return ''.join(f'{g[-1]["text"]}[{max(x["temperature"] for x in g):.1f}]'
+                       for g in self.groups())
     def _repr_html_(self): return STYLE + self.html()
     def html(self):
         "Without the style sheet"
         prompt, tokens = html.escape(self.prompt), ''.join(map(_span, self.groups()))
-        return (f'<div class="sd"><p class="sd-q">{prompt}</p><p>{tokens}</p>'
-                '<p class="sd-q">Above each token its temperature; blue 0, grey 1, red 2 and more. '
-                f'A cross: min-p would cut this token. min_p {self.min_p:g}, scale {self.scale:g}.</p></div>')
+        return (f'<div class="sd"><p class="sd-q">{prompt}</p><p>{tokens}</p><p class="sd-q">'
+                'Above each token its temperature; blue 0, grey 1, red 2 and more. '
+                'A cross: min-p would cut this token. '
+                f'min_p {self.min_p:g}, scale {self.scale:g}.</p></div>')
 
 # %% ../nbs/32_look.ipynb #e964a988
 PAGE = '''<!doctype html>
