@@ -35,7 +35,7 @@ class TempHead(nn.Module):
 # %% ../../nbs/14_autodeco.ipynb #5736c7f4
 def softmax_statistics(
     logits:torch.Tensor, # [..., V]
-)->torch.Tensor: # [..., 4]: largest probability, entropy in nats, unbiased variance over the vocabulary, mass of the top five
+)->torch.Tensor: # [..., 4]: largest probability, entropy (nats), unbiased variance, mass of the top five
     "The four statistics that AutoDeco's top-p head reads"
     p = logits.softmax(-1)
     return torch.stack([p.amax(-1), -(p*torch.log(p + 1e-8)).sum(-1), p.var(-1),
@@ -172,7 +172,7 @@ def _cached_forward(heads, x):
 def table_losses(
     heads:AutoDeco,
     x:dict, # `token_columns` of M tokens
-)->tuple: # token losses of the temperature and of the top-p [M], unscaled probability of the label [M], whether it is on top [M]
+)->tuple: # [M] each: loss of the temperature, of the top-p, probability at T = 1, whether on top
     "Both losses of AutoDeco, token by token, without the vocabulary"
     T, P = _cached_forward(heads, x)
     t = T.clamp(min=1e-2)
@@ -275,7 +275,7 @@ def score_autodeco(
     table, # a TokenTable
     rows:torch.Tensor, # [M] its rows
     **tricks, # drop_easy, weighted, paper: those of the training objective
-)->dict: # objective, quadratic score of the decoder, mean and spread of T, mean of P, share of tokens at an end of the range of T
+)->dict: # objective, quadratic score, mean and spread of T, mean of P, share at an end of T's range
     """How the heads do on held-out tokens, by their own objective (the same easy tokens masked
     every time) and as a decoder"""
     T, P = predict(heads, table, rows)
@@ -317,7 +317,7 @@ TRICKS = {'AutoDeco': dict(), 'no masking': dict(drop_easy=0), 'no weights': dic
 # %% ../../nbs/14_autodeco.ipynb #4427f233
 def train_once(
     job:dict, # method (of TRICKS, or 'ours' or 'ours, hidden'), table (a path), corpora, lr, steps, batch, seed
-)->list: # the learning curve: dicts with method, lr, seed, step, objective, temperature, and at the end quadratic, spread, at_end
+)->list: # curve: dicts of method, lr, seed, step, objective, temperature; the last has the scores too
     "One run of a sweep over methods, learning rates and seeds"
     torch.set_num_threads(1)
     table, curve = TokenTable(job['table']), []

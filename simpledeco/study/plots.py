@@ -206,7 +206,7 @@ def _runs_panel(ax, runs):
 
 # %% ../../nbs/17_plots.ipynb #7daaa2a3
 def plot_cost(
-    table:pd.DataFrame, # columns vocabulary, and for ours, ours_hidden and autodeco: tokens/s, and MiB with the suffix _mb
+    table:pd.DataFrame, # columns vocabulary; ours, ours_hidden, autodeco in tokens/s; with _mb in MiB
 ):
     "Training speed and memory against the size of the vocabulary"
     with plt.rc_context(STYLE):

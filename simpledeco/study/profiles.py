@@ -48,7 +48,7 @@ def profile_prompts(
     most:int, # at most so many of each corpus and split
     splits=SPLITS, # which splits
     corpora=None, # which corpora; None: all
-)->list: # dicts with id, corpus, split, group, messages (the last is the user's), answer (None for an open prompt) and check
+)->list: # dicts with id, corpus, split, group, messages, answer (None for an open prompt) and check
     "The prompts of a profile, in a fixed order"
     if not p.corpora: return load_prompts(p.root, most, splits, corpora)
     found = _of_hub(p, corpora or p.corpora.split(), most)

@@ -109,7 +109,7 @@ def open_prompts():
 
 # %% ../../nbs/11_prompts.ipynb #275a3c47
 def make_prompts(
-)->list: # dicts with id, corpus, split, group, messages (one user turn), answer (text, or None for an open prompt) and check
+)->list: # dicts with id, corpus, split, group, messages, answer (None for an open prompt) and check
     "Every question and open prompt, in a fixed order"
     seen = {}
     for source in (country_questions, place_questions, translation_questions, puzzle_questions,

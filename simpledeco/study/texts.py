@@ -139,7 +139,7 @@ def controls_of_answers(
     return {'right-answers-only': fit(table, corpora, select=only, **linear),
             'reference-text': fit(reference, mix, select=equal, **linear)}
 
-def squared_error(table, examples, min_p): # a loss for `fit`: the mean of the required temperature instead of its quantile
+def squared_error(table, examples, min_p): # a loss for `fit`: the mean of what is needed, no quantile
     gap = useful_gap(table, examples)
     return lambda tau, table, rows: (tau - required_temperature(gap[rows], min_p)).square().mean()
 

@@ -236,7 +236,7 @@ def contract_scores(
     rows:torch.Tensor, # [N] its rows
     min_p:float, # the threshold of min-p sampling
     bootstrap:int=1000, # resamples of groups
-)->dict: # covered, lo, hi, groups, covered_tokens, the price, and the static temperature of equal coverage with its price and the gain over it
+)->dict: # coverage with its interval, the price, and the static temperature of equal coverage with its own
     "What a head keeps, what it costs, and what a constant of the same coverage would have cost"
     gap, top, group = table['gap'][rows], table.take('top_logits', rows), table['group'][rows]
     s = token_scores(T, gap, top, min_p)
