@@ -1,7 +1,12 @@
-"""What each method costs: training speed and memory over the size of the vocabulary, parameters, decoding overhead, and the wall-clock with the pre-scan, in one run.
+"""What each method costs: training speed and memory over the size of the vocabulary, parameters,
+decoding overhead, and the wall-clock with the pre-scan, in one run.
 
-A training step is forward, backward and optimiser on the same number of tokens with random inputs. AutoDeco's step has both heads and both losses, with its full sort of the vocabulary; the logits are given to it for free. Ours reads cached features and gaps.
-Every configuration runs in a process of its own, so that its peak memory is its own. Decoding is measured on the profile's model, methods taking turns. Writes cost.json and cost.csv in the results of the profile. Run: python benchmarks/cost.py [profile]
+A training step is forward, backward and optimiser on the same number of tokens with random inputs.
+AutoDeco's step has both heads and both losses, with its full sort of the vocabulary; the logits are
+given to it for free. Ours reads cached features and gaps. Every configuration runs in a process of
+its own, so that its peak memory is its own. Decoding is measured on the profile's model, methods
+taking turns. Writes cost.json and cost.csv in the results of the profile.
+Run: python benchmarks/cost.py [profile]
 """
 import json, resource, statistics, sys, tempfile, time
 from multiprocessing import get_context
@@ -20,11 +25,18 @@ from simpledeco.study.results import save_results
 from simpledeco.study.settings import load_params, load_profile
 
 HIDDEN = 576
-SETTINGS = {'AutoDeco': dict(objective=['steepness of the soft mask', 'rate of easy-token masking', 'dynamic fine-tuning weights', 'weight of either loss', 'clamp of T in the first loss', 'clamp of T in the second', 'epsilon of the normaliser', 'epsilon of the logarithm'],
-                             heads=['width', 'range of T', 'statistics that the second head reads', 'detachment between the heads'], data=['own correct answers only'],
-                             optimiser=['learning rate', 'steps', 'batch', 'schedule', 'gradient clipping']),
-            'ours': dict(objective=['risk', 'min-p'], heads=['width', 'inputs', 'smallest T', 'largest T'], optimiser=['learning rate', 'steps', 'batch', 'schedule'],
-                         data=['probability from which a token is trivial', 'share of trivial tokens kept', 'largest rank kept', 'share of each bucket in a batch'])}
+SETTINGS = {
+    'AutoDeco': dict(objective=['steepness of the soft mask', 'rate of easy-token masking',
+                                'dynamic fine-tuning weights', 'weight of either loss',
+                                'clamp of T in the first loss', 'clamp of T in the second',
+                                'epsilon of the normaliser', 'epsilon of the logarithm'],
+                     heads=['width', 'range of T', 'statistics that the second head reads',
+                            'detachment between the heads'], data=['own correct answers only'],
+                     optimiser=['learning rate', 'steps', 'batch', 'schedule', 'gradient clipping']),
+    'ours': dict(objective=['risk', 'min-p'], heads=['width', 'inputs', 'smallest T', 'largest T'],
+                 optimiser=['learning rate', 'steps', 'batch', 'schedule'],
+                 data=['probability from which a token is trivial', 'share of trivial tokens kept',
+                       'largest rank kept', 'share of each bucket in a batch'])}
 
 
 def ours(reads, tokens=1024):
@@ -52,7 +64,8 @@ def autodeco(vocabulary, tokens=64):
 
 
 def measure(make, argument, seconds):
-    "Tokens per second after one step to warm up, and the growth of the peak memory of this process in MiB"
+    """Tokens per second after one step to warm up, and the growth of the peak memory of this
+    process in MiB"""
     torch.manual_seed(0)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     before = peak()
@@ -67,23 +80,34 @@ def training(vocabularies, seconds):
     rows, pool = [], get_context('spawn')
     for v in vocabularies:
         row = dict(vocabulary=v)
-        for name,make,argument in (('ours', ours, 'logits'), ('ours_hidden', ours, 'hidden'), ('autodeco', autodeco, v)):
-            with pool.Pool(1) as p: row[name], row[f'{name}_mb'] = p.apply(measure, (make, argument, seconds))
-        rows.append(row | dict(ratio=row['ours']/row['autodeco'], ratio_hidden=row['ours_hidden']/row['autodeco']))
+        for name,make,argument in (('ours', ours, 'logits'), ('ours_hidden', ours, 'hidden'),
+                                   ('autodeco', autodeco, v)):
+            with pool.Pool(1) as p:
+                row[name], row[f'{name}_mb'] = p.apply(measure, (make, argument, seconds))
+        rows.append(row | dict(ratio=row['ours']/row['autodeco'],
+                               ratio_hidden=row['ours_hidden']/row['autodeco']))
         print('  '.join(f'{k} {x:,.0f}' for k,x in rows[-1].items()), flush=True)
     return rows
 
 
 def decoding(model, batch, rounds):
     "Seconds of a decoding step by method: median of the model's step plus median of what follows it"
-    d, v, head, heads = model.config.hidden_size, model.config.vocab_size, {r: TemperatureHead(model.config.hidden_size, reads=r).eval() for r in ('logits', 'hidden')}, AutoDeco(model.config.hidden_size).eval()
+    v = model.config.vocab_size
+    head = {r: TemperatureHead(model.config.hidden_size, reads=r).eval() for r in ('logits', 'hidden')}
+    heads = AutoDeco(model.config.hidden_size).eval()
     divided = lambda z, T: z/T[:, None]
 
     def nucleus(h, z):
         T, P = (x[..., 0] for x in heads(h, z))
         return top_p_filter(divided(z, T), P)
-    methods = {'static T, min-p': lambda h, z: min_p_filter(z/.7, .1), 'static T, top-p': lambda h, z: top_p_filter(z/.7, torch.full((len(z),), .9)), 'AutoDeco': nucleus} | {
-        name: lambda h, z, r=r: min_p_filter(divided(z, head[r].temperature(head[r].live_inputs(h, z))), .1) for name,r in (('ours', 'logits'), ('ours, hidden', 'hidden'))}
+    def ours_at(h, z, reads):
+        T = head[reads].temperature(head[reads].live_inputs(h, z))
+        return min_p_filter(divided(z, T), .1)
+    methods = {'static T, min-p': lambda h, z: min_p_filter(z/.7, .1),
+               'static T, top-p': lambda h, z: top_p_filter(z/.7, torch.full((len(z),), .9)),
+               'AutoDeco': nucleus,
+               'ours': lambda h, z: ours_at(h, z, 'logits'),
+               'ours, hidden': lambda h, z: ours_at(h, z, 'hidden')}
     ids, cache, times = torch.randint(v, (batch, 64)), None, {k: [] for k in ('model', *methods)}
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -96,7 +120,8 @@ def decoding(model, batch, rounds):
             ids = torch.multinomial(f(hidden, logits).softmax(-1), 1)
             times[name].append(time.perf_counter() - start)
     t = {k: statistics.median(x[1:]) for k,x in times.items()}
-    return {k: dict(seconds=t['model'] + t[k], speed=(t['model'] + t['static T, min-p'])/(t['model'] + t[k])) for k in methods}
+    return {k: dict(seconds=t['model'] + t[k],
+                    speed=(t['model'] + t['static T, min-p'])/(t['model'] + t[k])) for k in methods}
 
 
 if __name__ == '__main__':
@@ -111,12 +136,21 @@ if __name__ == '__main__':
         scan_speed = table.info['tokens']/(time.perf_counter() - start)
     info = json.loads((p.root/'results'/p.name/'prescan.json').read_text())
     at = min(rows, key=lambda r: abs(r['vocabulary'] - info['vocabulary']))
-    read, epoch = info['tokens_read']/scan_speed, {k: info['tokens']/at[k] for k in ('ours', 'autodeco')}
-    wall = dict(scan=read, epoch_ours=epoch['ours'], epoch_autodeco=epoch['autodeco'], ratio=(read + epoch['autodeco'])/(read + epoch['ours']),
-                ours=read + params['steps']*1024/at['ours'], autodeco=read + params['steps']*1024/at['autodeco'])
+    read = info['tokens_read']/scan_speed
+    epoch = {k: info['tokens']/at[k] for k in ('ours', 'autodeco')}
+    wall = dict(scan=read, epoch_ours=epoch['ours'], epoch_autodeco=epoch['autodeco'],
+                ratio=(read + epoch['autodeco'])/(read + epoch['ours']),
+                ours=read + params['steps']*1024/at['ours'],
+                autodeco=read + params['steps']*1024/at['autodeco'])
     count = lambda m: sum(x.numel() for x in m.parameters())
-    settings = {k: dict(n=sum(map(len, v.values())), objective=len(v['objective']), listed={a: ', '.join(b) for a,b in v.items()}) for k,v in SETTINGS.items()}
-    metrics = dict(threads=torch.get_num_threads(), at=at, largest=rows[-1], flat=max(r['ours'] for r in rows)/min(r['ours'] for r in rows), decoding=steps, scan_tokens_per_second=scan_speed, wall=wall,
-                   settings=settings, parameters={'ours': count(TemperatureHead(HIDDEN, reads='logits')), 'ours, hidden': count(TemperatureHead(HIDDEN, reads='hidden')), 'AutoDeco': count(AutoDeco(HIDDEN))})
+    settings = {k: dict(n=sum(map(len, v.values())), objective=len(v['objective']),
+                        listed={a: ', '.join(b) for a,b in v.items()}) for k,v in SETTINGS.items()}
+    metrics = dict(threads=torch.get_num_threads(), at=at, largest=rows[-1],
+                   flat=max(r['ours'] for r in rows)/min(r['ours'] for r in rows), decoding=steps,
+                   scan_tokens_per_second=scan_speed, wall=wall, settings=settings,
+                   parameters={'ours': count(TemperatureHead(HIDDEN, reads='logits')),
+                               'ours, hidden': count(TemperatureHead(HIDDEN, reads='hidden')),
+                               'AutoDeco': count(AutoDeco(HIDDEN))})
     save_results(p, 'cost', metrics, cost=pd.DataFrame(rows))
-    print(json.dumps(dict(decoding=steps, wall=wall, settings={k: v['n'] for k,v in settings.items()}), indent=1))
+    print(json.dumps(dict(decoding=steps, wall=wall, settings={k: v['n'] for k,v in settings.items()}),
+                     indent=1))

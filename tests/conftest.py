@@ -14,16 +14,21 @@ def pytest_collection_modifyitems(items):
 
 
 def run(*command, cwd, check=True, **kw):
-    "Run a command with this environment's tools first on the path; its output goes into the error message"
-    env = dict(os.environ, PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', HF_HUB_OFFLINE='1', PYTHONPATH='')
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, **kw)
-    assert not check or done.returncode == 0, f'{command} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
+    """Run a command with this environment's tools first on the path; its output goes into the error
+    message"""
+    env = dict(os.environ, PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+               HF_HUB_OFFLINE='1', PYTHONPATH='')
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True,
+                          text=True, **kw)
+    said = f'{command} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
+    assert not check or done.returncode == 0, said
     return done
 
 
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory):
-    "A fresh clone for each file of tests, which may change it: the tracked files as they are now, committed in a repository of their own"
+    """A fresh clone for each file of tests, which may change it: the tracked files as they are now,
+    committed in a repository of their own"""
     folder = tmp_path_factory.mktemp('clone')/'simpledeco'
     for name in run('git', 'ls-files', '-co', '--exclude-standard', cwd=ROOT).stdout.splitlines():
         if not (ROOT/name).exists(): continue
@@ -31,7 +36,8 @@ def clone(tmp_path_factory):
         shutil.copy2(ROOT/name, folder/name)
     run('git', 'init', '-q', cwd=folder)
     run('git', 'add', '-A', cwd=folder)
-    run('git', '-c', 'user.name=test', '-c', 'user.email=test@example.org', 'commit', '-qm', 'clone', cwd=folder)
+    run('git', '-c', 'user.name=test', '-c', 'user.email=test@example.org', 'commit', '-qm',
+        'clone', cwd=folder)
     run('git', 'config', 'user.name', 'test', cwd=folder)
     run('git', 'config', 'user.email', 'test@example.org', cwd=folder)
     return folder

@@ -16,9 +16,11 @@ COMMANDS = ['prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'e
 
 
 def simpledeco(*arguments, cwd, check=True):
-    "The console script in this process, where PyTorch is loaded already: exit code, stdout and stderr as a shell would see them"
+    """The console script in this process, where PyTorch is loaded already: exit code, stdout and
+    stderr as a shell would see them"""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+    with (contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          pytest.MonkeyPatch.context() as patch):
         patch.setattr(sys, 'argv', ['simpledeco', *map(str, arguments)])
         try: main(); code = 0
         except SystemExit as e: code = e.code or 0
@@ -30,10 +32,13 @@ def simpledeco(*arguments, cwd, check=True):
 def work(tmp_path_factory):
     "A folder in which a head has been made from a file of conversations, in four commands"
     folder = tmp_path_factory.mktemp('cli')
-    talks = [dict(messages=[dict(role='user', content=f'What is {a} + {b}?'), dict(role='assistant', content=f'{a} + {b} = {a + b}')]) for a in range(12) for b in range(12)]
+    talks = [dict(messages=[dict(role='user', content=f'What is {a} + {b}?'),
+                            dict(role='assistant', content=f'{a} + {b} = {a + b}')])
+             for a in range(12) for b in range(12)]
     (folder/'sums.jsonl').write_text('\n'.join(map(json.dumps, talks)))
     (folder/'arithmetic.jsonl').write_bytes(to_jsonl(make_corpus('arithmetic')))
-    simpledeco('prescan', MODEL, 'tokens', '--data', 'sums.jsonl', '--data', 'arithmetic.jsonl', '--max-examples', '60', cwd=folder)
+    simpledeco('prescan', MODEL, 'tokens', '--data', 'sums.jsonl', '--data', 'arithmetic.jsonl',
+               '--max-examples', '60', cwd=folder)
     simpledeco('train', 'tokens', 'head', '--risk', '.2', '--steps', '100', cwd=folder)
     simpledeco('calibrate', 'head', 'tokens', 'calibrated', cwd=folder)
     simpledeco('serve-dir', 'calibrated', MODEL, 'served', cwd=folder)
@@ -44,72 +49,97 @@ def test_help_names_every_command_and_each_has_an_example(tmp_path):
     shown = simpledeco('--help', cwd=tmp_path).stdout
     for c in COMMANDS:
         assert c in shown
-        assert f'Example: simpledeco {c}' in ' '.join(simpledeco(c, '--help', cwd=tmp_path).stdout.split())
+        page = simpledeco(c, '--help', cwd=tmp_path).stdout
+        assert f'Example: simpledeco {c}' in ' '.join(page.split())
 
 
 def test_the_installed_script(tmp_path):
-    assert re.fullmatch(r'simpledeco \d+\.\d+\.\d+\n', run('simpledeco', '--version', cwd=tmp_path).stdout)
+    assert re.fullmatch(r'simpledeco \d+\.\d+\.\d+\n',
+                        run('simpledeco', '--version', cwd=tmp_path).stdout)
     done = run('simpledeco', 'train', 'nowhere', 'x', cwd=tmp_path, check=False)
-    assert done.returncode == 1 and done.stderr.startswith('simpledeco: no token table in nowhere') and done.stderr.count('\n') == 1
+    assert done.returncode == 1
+    assert done.stderr.startswith('simpledeco: no token table in nowhere')
+    assert done.stderr.count('\n') == 1
 
 
 def test_help_is_quick(tmp_path):
-    code = 'import sys; from simpledeco.cli import app; sys.exit("torch" in sys.modules or "transformers" in sys.modules)'
+    code = ('import sys; from simpledeco.cli import app; sys.exit("torch" '
+            'in sys.modules or "transformers" in sys.modules)')
     run(sys.executable, '-c', code, cwd=tmp_path)
 
 
 def test_the_card_tells_where_the_head_comes_from(work):
-    head, card = TemperatureHead.from_pretrained(work/'calibrated'), (work/'calibrated/README.md').read_text()
-    assert head.record['corpora'] == head.record['calibration'] == ['sums', 'arithmetic'] and head.risk == .2
+    head = TemperatureHead.from_pretrained(work/'calibrated')
+    card = (work/'calibrated/README.md').read_text()
+    assert head.record['corpora'] == head.record['calibration'] == ['sums', 'arithmetic']
+    assert head.risk == .2
     covered = head.record['coverage']['sums']
-    for part in (str(MODEL), head.base_model, '| min_p | 0.1 |', '| risk | 0.2 |', f'| sums | {100*covered["mean"]:.1f}% |', f'| {covered["groups"]} |', 'library_name: simpledeco'): assert part in card, part
+    for part in (str(MODEL), head.base_model, '| min_p | 0.1 |', '| risk | 0.2 |',
+                 f'| sums | {100*covered["mean"]:.1f}% |', f'| {covered["groups"]} |',
+                 'library_name: simpledeco'):
+        assert part in card, part
     assert 'not calibrated' in (work/'head/README.md').read_text()
 
 
 def test_a_head_from_judged_answers(work):
-    "Every answer to an open prompt will do, and none to a question holds its key here: so a head of the first is warm and one of the second cold"
+    """Every answer to an open prompt will do, and none to a question holds its key here: so a head
+    of the first is warm and one of the second cold"""
     ask = lambda text, **key: json.dumps(dict(messages=[dict(role='user', content=text)]) | key)
     (work/'open.jsonl').write_text('\n'.join(ask(f'Write about number {i}.') for i in range(80)))
-    (work/'hard.jsonl').write_text('\n'.join(ask(f'Who is number {i}?', answer='xyzzy') for i in range(80)))
-    done = simpledeco('answer', MODEL, 'answers', '--data', 'open.jsonl', '--data', 'hard.jsonl', '--max-new-tokens', '6', cwd=work)
+    (work/'hard.jsonl').write_text('\n'.join(ask(f'Who is number {i}?', answer='xyzzy')
+                                             for i in range(80)))
+    done = simpledeco('answer', MODEL, 'answers', '--data', 'open.jsonl', '--data', 'hard.jsonl',
+                      '--max-new-tokens', '6', cwd=work)
     examples = json.loads((work/'answers/answers.json').read_text())
     assert all(x['right'] == (x['corpus'] == 'open') and x['split'] == 'train' for x in examples)
     assert f"0 of {sum(x['corpus'] == 'hard' for x in examples)} to questions are right" in done.stdout
     warm, cold = (_trained(work, corpus) for corpus in ('open', 'hard'))
     assert (warm.reads, warm.risk, len(warm.net)) == ('hidden', .2, 1)
     table = TokenTable(work/'answers')
-    hot, low = (h.temperatures(table, table.rows([c])).mean() for h,c in ((warm, 'open'), (cold, 'hard')))
+    hot, low = (h.temperatures(table, table.rows([c])).mean()
+                for h,c in ((warm, 'open'), (cold, 'hard')))
     assert low < .1 and hot > low + .2
 
 
 def _trained(work, corpus):
-    simpledeco('train', 'answers', f'judged-{corpus}', '--corpus', corpus, '--steps', '600', '--lr', '.01', cwd=work)
+    simpledeco('train', 'answers', f'judged-{corpus}', '--corpus', corpus, '--steps', '600', '--lr',
+               '.01', cwd=work)
     return TemperatureHead.from_pretrained(work/f'judged-{corpus}')
 
 
 def test_generate_prints_text_and_no_colours_into_a_pipe(work):
-    done = simpledeco('generate', 'calibrated', MODEL, 'What is 1 + 1?', '--max-new-tokens', '8', cwd=work)
-    again = simpledeco('generate', 'calibrated', MODEL, 'What is 1 + 1?', '--max-new-tokens', '8', cwd=work)
+    done = simpledeco('generate', 'calibrated', MODEL, 'What is 1 + 1?', '--max-new-tokens',
+                      '8', cwd=work)
+    again = simpledeco('generate', 'calibrated', MODEL, 'What is 1 + 1?', '--max-new-tokens',
+                       '8', cwd=work)
     assert done.stdout.strip() and done.stdout == again.stdout and '\x1b' not in done.stdout
 
 
 def test_inspect_writes_one_file_that_needs_no_other(work):
-    simpledeco('inspect', 'calibrated', MODEL, 'page.html', '--prompt', 'What is <i>1</i> + 1?', '--answer', 'It is <script>2</script>.', cwd=work)
+    simpledeco('inspect', 'calibrated', MODEL, 'page.html', '--prompt', 'What is <i>1</i> + 1?',
+               '--answer', 'It is <script>2</script>.', cwd=work)
     page = (work/'page.html').read_text()
     assert '<script' not in page and '<i>' not in page and 'http' not in page and 'src=' not in page
-    assert page.count('tabindex="0"') > 5 and page.count('data-why="temperature ') == page.count('tabindex="0"')
+    assert page.count('tabindex="0"') > 5
+    assert page.count('data-why="temperature ') == page.count('tabindex="0"')
 
 
 def check_one_line(done, message):
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and lines[-1].startswith('simpledeco: ') and message in lines[-1] and 'Traceback' not in done.stderr, done.stderr
+    assert (done.returncode == 1 and lines[-1].startswith('simpledeco: ') and message in lines[-1]
+            and 'Traceback' not in done.stderr), done.stderr
     return lines
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['train', 'nowhere', 'x'], 'no token table in nowhere'), (['prescan', MODEL, 'x', '--data', 'poems'], 'poems'),
-    (['train', 'tokens', 'x', '--risk', '2'], 'risk is 2.0'), (['train', 'tokens', 'x', '--corpus', 'poems'], 'poems'), (['serve-dir', 'calibrated', MODEL, 'served'], 'served exists'),
-    (['calibrate', 'head', 'tokens', 'x', '--risk', '.001'], 'risk 0.001 needs at least'), (['answer', MODEL, 'x', '--data', 'sums.jsonl'], 'sums.jsonl line 1'), (['generate', 'foreign', MODEL, 'hi'], 'trained for base model')])
+    (['train', 'nowhere', 'x'], 'no token table in nowhere'),
+    (['prescan', MODEL, 'x', '--data', 'poems'], 'poems'),
+    (['train', 'tokens', 'x', '--risk', '2'], 'risk is 2.0'),
+    (['train', 'tokens', 'x', '--corpus', 'poems'], 'poems'),
+    (['serve-dir', 'calibrated', MODEL, 'served'], 'served exists'),
+    (['calibrate', 'head', 'tokens', 'x', '--risk', '.001'], 'risk 0.001 needs at least'),
+    (['answer', MODEL, 'x', '--data', 'sums.jsonl'], 'sums.jsonl line 1'),
+    (['generate', 'foreign', MODEL, 'hi'], 'trained for base model')])
 def test_errors_are_one_line(work, arguments, message):
     TemperatureHead(32, base_model='another').save_pretrained(work/'foreign')
     check_one_line(simpledeco(*arguments, cwd=work, check=False), message)
@@ -118,31 +148,45 @@ def test_errors_are_one_line(work, arguments, message):
 
 @pytest.fixture(params=[False, True], ids=['unreachable', 'offline'])
 def offline(request, monkeypatch):
-    "No hub: one that cannot be reached, of which huggingface_hub makes sure by waiting 23 seconds between six attempts (not here), and HF_HUB_OFFLINE=1"
-    monkeypatch.setattr(huggingface_hub.utils._http, 'time', SimpleNamespace(sleep=lambda seconds: None))
+    """No hub: one that cannot be reached, of which huggingface_hub makes sure by waiting 23 seconds
+    between six attempts (not here), and HF_HUB_OFFLINE=1"""
+    monkeypatch.setattr(huggingface_hub.utils._http, 'time',
+                        SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', request.param)
     return request.param
 
 
-@pytest.mark.parametrize('arguments, message', [(['calibrate', 'nowhere', 'tokens', 'x'], 'nowhere'), (['generate', 'head', 'no/such-model', 'hi'], 'no/such-model'),
-                                                (['serve-dir', 'head', 'no/such-model', 'x'], 'no/such-model')])
+@pytest.mark.parametrize('arguments, message',
+                         [(['calibrate', 'nowhere', 'tokens', 'x'], 'nowhere'),
+                          (['generate', 'head', 'no/such-model', 'hi'], 'no/such-model'),
+                          (['serve-dir', 'head', 'no/such-model', 'x'], 'no/such-model')])
 def test_a_name_that_the_hub_does_not_give_is_one_line(work, offline, arguments, message):
     lines = check_one_line(simpledeco(*arguments, cwd=work, check=False), message)
     assert not (work/'x').exists() and (len(lines) == 1 or not offline), lines
 
 
-def test_a_wrong_option_is_exit_code_2(work): assert simpledeco('train', 'tokens', 'x', '--rsik', '1', cwd=work, check=False).returncode == 2
+def test_a_wrong_option_is_exit_code_2(work):
+    assert simpledeco('train', 'tokens', 'x', '--rsik', '1', cwd=work, check=False).returncode == 2
 
 
 def test_a_served_folder_costs_no_space(work):
     links = [p for p in (work/'served').iterdir() if p.is_symlink()]
-    assert {p.name for p in links} >= {'model.safetensors', 'tokenizer.json'} and all(p.exists() for p in links)
-    assert sum(p.stat().st_size for p in (work/'served').rglob('*') if p.is_file() and not p.is_symlink()) < 200_000
+    assert {p.name for p in links} >= {'model.safetensors', 'tokenizer.json'}
+    assert all(p.exists() for p in links)
+    assert sum(p.stat().st_size for p in (work/'served').rglob('*') if p.is_file()
+               and not p.is_symlink()) < 200_000
 
 
 def test_evaluate_runs_lm_eval(work):
-    (work/'qa.jsonl').write_text('\n'.join(json.dumps(dict(q=f'{a} + 1 =', a=str(a + 1))) for a in range(3)))
-    (work/'qa.yaml').write_text(f'task: qa\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {work}/qa.jsonl}}}}\noutput_type: generate_until\ntest_split: test\n'
-                                'doc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\ngeneration_kwargs: {max_gen_toks: 4, do_sample: true}\nmetric_list: [{metric: exact_match}]\n')
-    done = simpledeco('evaluate', 'calibrated', MODEL, '--tasks', 'qa', '--include_path', str(work), '--batch_size', '3', '--device', 'cpu', cwd=work)
+    (work/'qa.jsonl').write_text('\n'.join(json.dumps(dict(q=f'{a} + 1 =', a=str(a + 1)))
+                                           for a in range(3)))
+    (work/'qa.yaml').write_text(
+        'task: qa\ndataset_path: json\n'
+        f'dataset_kwargs: {{data_files: {{test: {work}/qa.jsonl}}}}\n'
+        'output_type: generate_until\ntest_split: test\n'
+        'doc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\n'
+        'generation_kwargs: {max_gen_toks: 4, do_sample: true}\n'
+        'metric_list: [{metric: exact_match}]\n')
+    done = simpledeco('evaluate', 'calibrated', MODEL, '--tasks', 'qa', '--include_path', str(work),
+                      '--batch_size', '3', '--device', 'cpu', cwd=work)
     assert '|qa' in done.stdout and 'exact_match' in done.stdout

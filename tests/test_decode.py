@@ -9,16 +9,21 @@ from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
 from conftest import ROOT
 
-SIZE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
+SIZE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
-KINDS = dict(llama=SIZE, qwen2=SIZE, qwen3=SIZE, gemma=SIZE, mixtral=SIZE | dict(num_local_experts=4), phi3=SIZE, olmo2=SIZE, gpt_neox=SIZE,
-             gpt2=dict(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False))
+KINDS = dict(llama=SIZE, qwen2=SIZE, qwen3=SIZE, gemma=SIZE,
+             mixtral=SIZE | dict(num_local_experts=4), phi3=SIZE, olmo2=SIZE, gpt_neox=SIZE,
+             gpt2=dict(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=128,
+                       pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False))
 
 
 def tiny(kind, **kw):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS.get(kind, SIZE), **kw)).eval()
-    with torch.no_grad(): model.get_output_embeddings().weight.mul_(20) # logits of several nats, as of a trained model
+    config = AutoConfig.for_model(kind, **KINDS.get(kind, SIZE), **kw)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20) # logits of several nats, as of a trained model
     return model
 
 
@@ -71,23 +76,32 @@ def test_every_sampled_token_is_a_candidate():
     "Sampled text, checked afterwards against the closed form: gap <= T log(1/min_p)"
     model = tiny('llama')
     head = head_for(model)
-    with attach(model, head, scale=2.): out = model.generate(IDS.expand(16, -1), attention_mask=torch.ones(16, 7), max_new_tokens=20, **sampling(head))
+    with attach(model, head, scale=2.):
+        out = model.generate(IDS.expand(16, -1), attention_mask=torch.ones(16, 7),
+                             max_new_tokens=20, **sampling(head))
     with torch.no_grad(): z = model(out).logits[:, 6:-1]
     T, token = 2*head.temperature(head.live_inputs(z, z)).detach(), out[:, 7:]
     gap = z.max(-1).values - z.gather(-1, token[..., None])[..., 0]
     lived = (token != 0).cummin(1).values # until the end of the text
-    assert (gap <= T*math.log(10) + 1e-4)[lived].all() and (gap[lived] > 0).any() and (token[lived] != z.argmax(-1)[lived]).float().mean() > .2
+    assert (gap <= T*math.log(10) + 1e-4)[lived].all() and (gap[lived] > 0).any()
+    assert (token[lived] != z.argmax(-1)[lived]).float().mean() > .2
 
 
 def test_left_padding_does_not_change_the_temperature():
     model = tiny('qwen3')
     head = head_for(model)
-    padded, mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), IDS], 1), torch.tensor([[0]*5 + [1]*7])
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), IDS], 1)
+    mask = torch.tensor([[0]*5 + [1]*7])
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad(), attach(model, head): torch.testing.assert_close(model(padded, attention_mask=mask, position_ids=position).logits[:, 5:], model(IDS).logits, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), attach(model, head):
+        torch.testing.assert_close(model(padded, attention_mask=mask,
+                                         position_ids=position).logits[:, 5:], model(IDS).logits,
+                                   rtol=1e-4, atol=1e-4)
     with attach(model, head):
-        alone = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False)
-        assert torch.equal(model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 5:], alone)
+        alone = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8,
+                               do_sample=False)
+        assert torch.equal(model.generate(padded, attention_mask=mask, max_new_tokens=8,
+                                          do_sample=False)[:, 5:], alone)
 
 
 def test_static_cache_gives_the_same_tokens():
@@ -95,7 +109,9 @@ def test_static_cache_gives_the_same_tokens():
     head, kw = head_for(model), dict(attention_mask=torch.ones_like(IDS), max_new_tokens=10)
     with attach(model, head, scale=3.):
         torch.manual_seed(0); dynamic = model.generate(IDS, **sampling(head), **kw)
-        torch.manual_seed(0); assert torch.equal(model.generate(IDS, cache_implementation='static', **sampling(head), **kw), dynamic)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(IDS, cache_implementation='static', **sampling(head),
+                                          **kw), dynamic)
 
 
 def test_beam_search_ranks_by_the_divided_logits():
@@ -103,11 +119,15 @@ def test_beam_search_ranks_by_the_divided_logits():
     model = tiny('llama')
     head, found = head_for(model), {}
     with attach(model, head, scale=3.):
-        out = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, min_new_tokens=2, num_beams=300, do_sample=False, output_scores=True, return_dict_in_generate=True)
+        out = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2,
+                             min_new_tokens=2, num_beams=300, do_sample=False, output_scores=True,
+                             return_dict_in_generate=True)
         with torch.no_grad():
-            first = model(IDS).logits[0, -1].log_softmax(-1).index_fill(0, torch.tensor([2]), -torch.inf) # the end of the text is not allowed yet
+            # the end of the text is not allowed yet
+            end = torch.tensor([2])
+            first = model(IDS).logits[0, -1].log_softmax(-1).index_fill(0, end, -torch.inf)
             pairs = torch.cat([IDS.expand(300, -1), torch.arange(300)[:, None]], 1)
-            second = model(pairs).logits[:, -1].log_softmax(-1).index_fill(1, torch.tensor([2]), -torch.inf)
+            second = model(pairs).logits[:, -1].log_softmax(-1).index_fill(1, end, -torch.inf)
     best = (first[:, None] + second).flatten().argmax().item()
     assert out.sequences[0, 7:].tolist() == [best//300, best % 300]
 
@@ -147,29 +167,36 @@ def test_half_precision_keeps_the_order_of_the_logits(dtype):
     assert base.dtype == dtype and T.dtype == divided.dtype == torch.float32
     assert torch.equal(divided, base.float()/T[..., None])
     order = base.float().argsort(dim=-1, stable=True)
-    assert (divided.gather(-1, order).diff(dim=-1) >= 0).all() and torch.equal(divided.argmax(-1), base.argmax(-1))
+    assert (divided.gather(-1, order).diff(dim=-1) >= 0).all()
+    assert torch.equal(divided.argmax(-1), base.argmax(-1))
 
 
 def test_neighbours_in_half_precision_do_not_become_equal():
-    "The two largest logits are neighbours in bfloat16; rounding the quotient to it would let the first of the vocabulary win"
+    """The two largest logits are neighbours in bfloat16; rounding the quotient to it would let the
+    first of the vocabulary win"""
     low = torch.arange(128, 256).to(torch.bfloat16)/4
     z = torch.zeros(len(low), 300, dtype=torch.bfloat16)
     z[:, 10], z[:, 20] = low, torch.nextafter(low, torch.full_like(low, torch.inf))
     head = TemperatureHead(32).eval()
     divided = z/divisor(z, z[:, :32], head)
-    assert divided.dtype == torch.float32 and (divided.argmax(-1) == 20).all() and (z.argmax(-1) == 20).all()
+    assert divided.dtype == torch.float32 and (divided.argmax(-1) == 20).all()
+    assert (z.argmax(-1) == 20).all()
     assert (divided.to(torch.bfloat16).argmax(-1) == 10).any()
 
 
-@pytest.mark.parametrize('kind, kw', [('gemma2', {}), ('cohere', {}), ('granite', dict(logits_scaling=8.))])
+@pytest.mark.parametrize('kind, kw',
+                         [('gemma2', {}), ('cohere', {}), ('granite', dict(logits_scaling=8.))])
 def test_architectures_that_change_their_logits_afterwards_are_refused(kind, kw):
     model = tiny(kind, **kw)
     with pytest.raises(ValueError, match='after the output embedding'): attach(model, head_for(model))
     assert not model.get_output_embeddings()._forward_hooks
 
 
-@pytest.mark.parametrize('kind, kw', [('gemma2', dict(final_logit_softcapping=None)), ('cohere', dict(logit_scale=1.)), ('granite', dict(logits_scaling=1.))])
-def test_the_same_architectures_without_that_change_are_fine(kind, kw): check_plain_logits(tiny(kind, **kw))
+@pytest.mark.parametrize('kind, kw',
+                         [('gemma2', dict(final_logit_softcapping=None)),
+                          ('cohere', dict(logit_scale=1.)), ('granite', dict(logits_scaling=1.))])
+def test_the_same_architectures_without_that_change_are_fine(kind, kw):
+    check_plain_logits(tiny(kind, **kw))
 
 
 def test_a_second_head_and_a_foreign_head():
@@ -178,20 +205,25 @@ def test_a_second_head_and_a_foreign_head():
     with attach(model, head_for(model)):
         with pytest.raises(ValueError, match='remove it first'): attach(model, head_for(model))
     with pytest.raises(ValueError, match='trained for base model'): attach(model, other)
-    with torch.no_grad(), attach(model, other, other_model=True): assert torch.isfinite(model(IDS).logits).all()
+    with torch.no_grad(), attach(model, other, other_model=True):
+        assert torch.isfinite(model(IDS).logits).all()
 
 
 # Settings that popular instruction models ship in their generation_config.json
-SHIPPED = dict(qwen=dict(do_sample=True, temperature=.7, top_p=.8, top_k=20, repetition_penalty=1.05), llama=dict(do_sample=True, temperature=.6, top_p=.9),
+SHIPPED = dict(qwen=dict(do_sample=True, temperature=.7, top_p=.8, top_k=20, repetition_penalty=1.05),
+               llama=dict(do_sample=True, temperature=.6, top_p=.9),
                gemma=dict(do_sample=True, top_k=64, top_p=.95))
 # and what else a configuration may hold that changes a distribution
-RARE = dict(min_p=.5, top_h=.4, typical_p=.5, epsilon_cutoff=.02, eta_cutoff=.02, encoder_repetition_penalty=1.5, no_repeat_ngram_size=1,
-            encoder_no_repeat_ngram_size=1, guidance_scale=3., num_beams=3, sequence_bias=[[[5], 9.]], exponential_decay_length_penalty=(1, 3.))
+RARE = dict(min_p=.5, top_h=.4, typical_p=.5, epsilon_cutoff=.02, eta_cutoff=.02,
+            encoder_repetition_penalty=1.5, no_repeat_ngram_size=1,
+            encoder_no_repeat_ngram_size=1, guidance_scale=3., num_beams=3,
+            sequence_bias=[[[5], 9.]], exponential_decay_length_penalty=(1, 3.))
 
 
 def candidates(model, ids, **kw):
     "Which tokens may come next, and with which probability"
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **kw)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1,
+                         output_scores=True, return_dict_in_generate=True, **kw)
     return out.scores[0].softmax(-1)
 
 
@@ -211,7 +243,8 @@ def test_what_may_be_said_and_where_a_text_ends_stays_the_models_own():
     model.generation_config.update(bad_words_ids=[[7]], eos_token_id=list(range(100, 300)))
     with attach(model, head, scale=9.):
         assert candidates(model, IDS, **sampling(head))[0, 7] == 0
-        out = model.generate(IDS.expand(8, -1), attention_mask=torch.ones(8, 7), max_new_tokens=30, **sampling(head))[:, 7:]
+        out = model.generate(IDS.expand(8, -1), attention_mask=torch.ones(8, 7), max_new_tokens=30,
+                             **sampling(head))[:, 7:]
     ended = (out >= 100).cumsum(1) - (out >= 100).long()
     assert (out[ended > 0] == 0).all() and (out >= 100).any(1).all()
 
@@ -243,7 +276,8 @@ def test_two_threads_attach_one_head():
         for t in threads: t.start()
         for t in threads: t.join()
         refused = [x for x in results if isinstance(x, str)]
-        assert len(refused) == 1 and 'remove it first' in refused[0] and len(model.get_output_embeddings()._forward_hooks) == 1
+        assert len(refused) == 1 and 'remove it first' in refused[0]
+        assert len(model.get_output_embeddings()._forward_hooks) == 1
         next(x for x in results if not isinstance(x, str)).remove()
 
 
@@ -260,5 +294,6 @@ def test_a_model_with_a_head_is_not_copied_and_its_output_embedding_not_replaced
 
 
 def test_a_model_that_looks_ahead_is_refused():
-    with pytest.raises(ValueError, match='looks at the tokens that follow'): check_plain_logits(tiny('bert'))
+    with pytest.raises(ValueError, match='looks at the tokens that follow'):
+        check_plain_logits(tiny('bert'))
     check_plain_logits(tiny('bert', is_decoder=True))

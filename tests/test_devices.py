@@ -18,8 +18,10 @@ def table_on(folder, device, dtype):
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_scan_in_bfloat16_keeps_float32_statistics(tmp_path, device):
-    full, half = table_on(tmp_path/'full', 'cpu', 'float32'), table_on(tmp_path/'half', device, 'bfloat16')
-    assert half['gap'].dtype == torch.float32 and half.take('hidden', torch.arange(3)).dtype == torch.bfloat16
+    full = table_on(tmp_path/'full', 'cpu', 'float32')
+    half = table_on(tmp_path/'half', device, 'bfloat16')
+    assert half['gap'].dtype == torch.float32
+    assert half.take('hidden', torch.arange(3)).dtype == torch.bfloat16
     assert half.info['model'] == full.info['model'] and torch.equal(half['label'], full['label'])
     assert (half['gap'] - full['gap']).abs().median() < .1
     half.verify()
@@ -38,4 +40,5 @@ def test_attached_head_divides_in_float32(device, dtype, reads):
         T = head.temperature(head.live_inputs(hidden, base))
     assert T.dtype == divided.dtype == torch.float32
     torch.testing.assert_close(divided, base.float()/T[..., None])
-    with attach(model, head): assert model.generate(ids, max_new_tokens=8, **sampling(head)).shape[1] > ids.shape[1]
+    with attach(model, head):
+        assert model.generate(ids, max_new_tokens=8, **sampling(head)).shape[1] > ids.shape[1]

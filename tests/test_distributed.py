@@ -1,6 +1,7 @@
 """Two processes write one table; it is the table of a single process, byte for byte.
 
-`accelerate launch` starts torchrun on GPUs, but a single process on a CPU; so torchrun is called here."""
+`accelerate launch` starts torchrun on GPUs, but a single process on a CPU; so torchrun is called
+here."""
 import sys
 
 import pytest
@@ -23,7 +24,8 @@ root, out, extra = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 torch.set_num_threads(1)
 model, tokenizer = load_model(root/'models/smoke')
 try:
-    table = scan(model, tokenizer, load_examples(root, 2), out, shard_examples=4 + len(extra), progress=False)
+    table = scan(model, tokenizer, load_examples(root, 2), out, shard_examples=4 + len(extra),
+                 progress=False)
     sys.stdout.write(f'rows {len(table)}\\n') # in one piece: the two processes share one pipe
 except ValueError as e: sys.exit(f'simpledeco: {e}')
 '''
@@ -34,7 +36,8 @@ def contents(folder): return {p.name: p.read_bytes() for p in sorted(folder.iter
 
 def launch(tmp_path, *args, check=True):
     (tmp_path/'run.py').write_text(SCAN)
-    return run('torchrun', '--standalone', '--nproc_per_node', '2', tmp_path/'run.py', ROOT, *args, cwd=ROOT, check=check, timeout=300)
+    return run('torchrun', '--standalone', '--nproc_per_node', '2', tmp_path/'run.py', ROOT, *args,
+               cwd=ROOT, check=check, timeout=300)
 
 
 def test_two_processes_make_the_table_of_one(tmp_path):
@@ -44,7 +47,8 @@ def test_two_processes_make_the_table_of_one(tmp_path):
     run('python', tmp_path/'run.py', ROOT, tmp_path/'one', cwd=ROOT)
     done = launch(tmp_path, tmp_path/'two')
     assert contents(tmp_path/'one') == contents(tmp_path/'two') and len(contents(tmp_path/'one')) > 6
-    assert done.stdout.count(f'rows {len(TokenTable(tmp_path/"one"))}') == 2, 'both processes got the whole table'
+    rows = len(TokenTable(tmp_path/'one'))
+    assert done.stdout.count(f'rows {rows}') == 2, 'both processes got the whole table'
     # a mistake that only the first process can see stops both
     wrong = launch(tmp_path, tmp_path/'two', 'x', check=False)
     assert wrong.returncode and wrong.stderr.count('holds a scan with another shard_examples') >= 2
@@ -52,13 +56,16 @@ def test_two_processes_make_the_table_of_one(tmp_path):
 
 
 def test_a_model_spread_by_a_device_map_gives_the_same_table(tmp_path):
-    "device = auto goes through accelerate's hooks; on a machine without a GPU they put everything on the CPU"
+    """device = auto goes through accelerate's hooks; on a machine without a GPU they put everything
+    on the CPU"""
     smoke = load_profile('smoke', ROOT)
     folder = build_model(smoke.model, ROOT/'models/smoke', smoke.sha256)
     examples = load_examples(ROOT, 1)
-    for device in ('cpu', 'auto'): scan(*load_model(folder, device=device), examples, tmp_path/device, progress=False)
+    for device in ('cpu', 'auto'):
+        scan(*load_model(folder, device=device), examples, tmp_path/device, progress=False)
     a, b = TokenTable(tmp_path/'cpu'), TokenTable(tmp_path/'auto')
-    assert a.info == b.info and (a['rank'] == b['rank']).all() and (a['z_true'] - b['z_true']).abs().max() < 1e-3
+    assert a.info == b.info and (a['rank'] == b['rank']).all()
+    assert (a['z_true'] - b['z_true']).abs().max() < 1e-3
 
 
 RANKS = dict(RANK='0', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='29577')
@@ -67,11 +74,15 @@ RANKS = dict(RANK='0', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='295
 def test_a_world_size_that_was_left_behind(left):
     "Refused at once, and not after days of waiting for processes that nobody started"
     code = 'from simpledeco.scan import processes; processes()'
-    done = run('env', 'WORLD_SIZE=2', *(f'{k}={RANKS[k]}' for k in left), sys.executable, '-c', code, cwd=ROOT, check=False, timeout=120)
-    assert done.returncode == 1 and 'ValueError: WORLD_SIZE is 2 but' in done.stderr and 'unset WORLD_SIZE' in done.stderr
+    done = run('env', 'WORLD_SIZE=2', *(f'{k}={RANKS[k]}' for k in left), sys.executable, '-c',
+               code, cwd=ROOT, check=False, timeout=120)
+    assert done.returncode == 1 and 'ValueError: WORLD_SIZE is 2 but' in done.stderr
+    assert 'unset WORLD_SIZE' in done.stderr
 
 
 def test_processes_that_never_come_are_not_waited_for():
-    code = 'from datetime import timedelta; from simpledeco import scan; scan.COME = timedelta(seconds=3); scan.processes()'
-    done = run('env', 'WORLD_SIZE=2', *(f'{k}={v}' for k,v in RANKS.items()), sys.executable, '-c', code, cwd=ROOT, check=False, timeout=120)
+    code = ('from datetime import timedelta; from simpledeco import scan; '
+            'scan.COME = timedelta(seconds=3); scan.processes()')
+    done = run('env', 'WORLD_SIZE=2', *(f'{k}={v}' for k,v in RANKS.items()), sys.executable, '-c',
+               code, cwd=ROOT, check=False, timeout=120)
     assert done.returncode == 1 and 'OSError: process 0 of 2 does not find the others' in done.stderr

@@ -9,7 +9,8 @@ import gpu
 
 
 def options(out, *more):
-    return gpu.options(['--device', 'cpu', '--tiny', '--profile', 'smoke', '--out', str(out), '--commit', 'abc', *more])
+    return gpu.options(['--device', 'cpu', '--tiny', '--profile', 'smoke', '--out', str(out),
+                        '--commit', 'abc', *more])
 
 
 @pytest.fixture(scope='module')
@@ -27,9 +28,11 @@ def test_every_figure_is_there_for_both_models(results):
     for found in results.values():
         assert (found['commit'], found['card'], found['tiny']) == ('abc', 'none: cpu', True)
         assert found['torch_version'] == torch.__version__
-        for name in scans + steps: assert 0 < found[name]['lo'] <= found[name]['ratio'] <= found[name]['hi']
+        for name in scans + steps:
+            assert 0 < found[name]['lo'] <= found[name]['ratio'] <= found[name]['hi']
         assert all(found[name]['pairs'] == gpu.STEPS//2 for name in steps)
-        assert found['whole scan']['rows'] > 0 and found['training, hidden']['steps'] == gpu.SMALL['steps']
+        assert found['whole scan']['rows'] > 0
+        assert found['training, hidden']['steps'] == gpu.SMALL['steps']
 
 
 def test_figures_that_depend_on_weights_are_those_of_real_weights(results):
@@ -40,7 +43,8 @@ def test_figures_that_depend_on_weights_are_those_of_real_weights(results):
     decoders = real['frontier']['decoders']
     assert list(decoders) == [*gpu.FRONTIER, 'EDT', 'judged, left out']
     assert 'excess' in decoders['judged, left out'] and 'excess' not in decoders['T = 1']
-    assert all(0 <= d['accuracy']['mean'] <= 1 and 0 < d['diversity']['mean'] <= 1 for d in decoders.values())
+    assert all(0 <= d['accuracy']['mean'] <= 1 and 0 < d['diversity']['mean'] <= 1
+               for d in decoders.values())
 
 
 def test_a_random_model_reads_its_own_likely_tokens(tmp_path):
@@ -49,7 +53,8 @@ def test_a_random_model_reads_its_own_likely_tokens(tmp_path):
     stats = gpu._scan_batch(m.model, encoded, range(len(encoded)))
     assert {len(where) for _,where in encoded} == {m.answered}
     assert (stats['rank'] <= 64).float().mean() > .95 # but for rounding in bfloat16
-    assert torch.equal(gpu.bare(m.model, encoded, 'cpu').float().amax(-1), stats['z_max']) # the bare pass does the same work
+    # the bare pass does the same work
+    assert torch.equal(gpu.bare(m.model, encoded, 'cpu').float().amax(-1), stats['z_max'])
 
 
 def test_larger_blocks_change_no_statistics():
@@ -61,8 +66,11 @@ def test_larger_blocks_change_no_statistics():
 
 
 def test_the_shapes_are_those_of_the_models():
-    with torch.device('meta'): models = {k: gpu.AutoModelForCausalLM.from_config(gpu.LlamaConfig(**v)) for k,v in gpu.SHAPES.items()}
-    assert {k: m.num_parameters() for k,m in models.items()} == {gpu.SMOLLM2: 134_515_008, gpu.LLAMA: 8_030_261_248}
+    with torch.device('meta'):
+        models = {k: gpu.AutoModelForCausalLM.from_config(gpu.LlamaConfig(**v))
+                  for k,v in gpu.SHAPES.items()}
+    assert {k: m.num_parameters()
+            for k,m in models.items()} == {gpu.SMOLLM2: 134_515_008, gpu.LLAMA: 8_030_261_248}
 
 
 def test_head_and_static_temperature_take_turns():
@@ -74,11 +82,13 @@ def test_head_and_static_temperature_take_turns():
 
 
 def test_a_failure_is_a_line_and_not_the_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, 'measurements', lambda m: [('broken', lambda: 1/0), ('whole', lambda: dict(seconds=1.))])
+    monkeypatch.setattr(gpu, 'measurements',
+                        lambda m: [('broken', lambda: 1/0), ('whole', lambda: dict(seconds=1.))])
     o = options(tmp_path/'gpu.json', '--only', gpu.LLAMA)
     assert gpu.main(o) == [f'{gpu.LLAMA}, broken']
     found = json.loads(o.out.read_text())[gpu.LLAMA]
-    assert found['broken'] == dict(failed='ZeroDivisionError: division by zero') and found['whole'] == dict(seconds=1.)
+    assert found['broken'] == dict(failed='ZeroDivisionError: division by zero')
+    assert found['whole'] == dict(seconds=1.)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')

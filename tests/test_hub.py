@@ -30,31 +30,46 @@ def quick(monkeypatch):
     monkeypatch.setattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', .05)
 
 
-def talk(i, *roles): return [dict(role=r, content=f'{r} says {i}') for r in roles or ('user', 'assistant')]
+def talk(i, *roles):
+    return [dict(role=r, content=f'{r} says {i}') for r in roles or ('user', 'assistant')]
 
 
 # one row of each corpus with all columns that the hub's files have, in their types
 ROWS = dict(
-    deepmath=lambda i: dict(question=f'What is {i}+0?', final_answer=str(i), difficulty=5.0, topic='Algebra', r1_solution_1=f'\\boxed{{{i}}}', r1_solution_2='-', r1_solution_3='-'),
-    ultrachat=lambda i: dict(prompt=f'p{i}', prompt_id=f'id{i}', messages=talk(i, 'user', 'assistant', 'user', 'assistant')),
-    tulu=lambda i: dict(dataset='flan_v2', id=f'flan_{i}', messages=talk(i, 'system', 'user', 'assistant')),
-    gsm8k=lambda i: dict(question=f'What is {i}+1?', answer=f'{i}+1=<<{i}+1={i+1}>>{i+1}\n#### {i+1:,}'),
-    ultrafeedback=lambda i: dict(prompt=f'p{i}', prompt_id=f'id{i}', chosen=talk(i), rejected=talk(-i), messages=talk(i), score_chosen=8.0, score_rejected=3.0),
-    triviaqa=lambda i: dict(question=f'Who was king number {i}?', question_id=f'tc_{i}', question_source='x', entity_pages=[], search_results=[],
-                            answer=dict(aliases=[f'King {i}', f'The king {i}'], normalized_aliases=[f'king {i}'], matched_wiki_entity_name='', normalized_matched_wiki_entity_name='',
-                                        normalized_value=f'king {i}', type='WikipediaEntity', value=f'King {i}')),
-    history=lambda i: dict(question=f'When was war {i}?', subject=('prehistory', 'anatomy')[i % 2], choices=['1', '2', '3', str(i)], answer=3))
+    deepmath=lambda i: dict(question=f'What is {i}+0?', final_answer=str(i), difficulty=5.0,
+                            topic='Algebra', r1_solution_1=f'\\boxed{{{i}}}', r1_solution_2='-',
+                            r1_solution_3='-'),
+    ultrachat=lambda i: dict(prompt=f'p{i}', prompt_id=f'id{i}',
+                             messages=talk(i, 'user', 'assistant', 'user', 'assistant')),
+    tulu=lambda i: dict(dataset='flan_v2', id=f'flan_{i}',
+                        messages=talk(i, 'system', 'user', 'assistant')),
+    gsm8k=lambda i: dict(question=f'What is {i}+1?',
+                         answer=f'{i}+1=<<{i}+1={i+1}>>{i+1}\n#### {i+1:,}'),
+    ultrafeedback=lambda i: dict(prompt=f'p{i}', prompt_id=f'id{i}', chosen=talk(i), rejected=talk(-i),
+                                 messages=talk(i), score_chosen=8.0, score_rejected=3.0),
+    triviaqa=lambda i: dict(
+        question=f'Who was king number {i}?', question_id=f'tc_{i}', question_source='x',
+        entity_pages=[], search_results=[],
+        answer=dict(aliases=[f'King {i}', f'The king {i}'], normalized_aliases=[f'king {i}'],
+                    matched_wiki_entity_name='', normalized_matched_wiki_entity_name='',
+                    normalized_value=f'king {i}', type='WikipediaEntity', value=f'King {i}')),
+    history=lambda i: dict(question=f'When was war {i}?', subject=('prehistory', 'anatomy')[i % 2],
+                           choices=['1', '2', '3', str(i)], answer=3))
 
 
 def folder(tmp_path, name, n=60, row=None):
-    "A folder as `hf download` leaves it: Parquet files, and a README that names configuration and splits"
+    """A folder as `hf download` leaves it: Parquet files, and a README that names configuration and
+    splits"""
     row = row or ROWS[name]
     s, at = SCHEMAS[name], tmp_path/name
     (at/s.config).mkdir(parents=True)
     splits = [s.train] + [s.test]*bool(s.test)
-    for k,split in enumerate(splits): pq.write_table(pa.Table.from_pylist([row(i) for i in range(k*n, (k+1)*n)]), at/s.config/f'{split}-00000-of-00001.parquet')
+    for k,split in enumerate(splits):
+        pq.write_table(pa.Table.from_pylist([row(i) for i in range(k*n, (k+1)*n)]),
+                       at/s.config/f'{split}-00000-of-00001.parquet')
     files = ''.join(f'  - split: {x}\n    path: {s.config}/{x}-*\n' for x in splits)
-    (at/'README.md').write_text(f'---\nconfigs:\n- config_name: {s.config}\n  data_files:\n{files}---\n')
+    ((at/'README.md').write_text(f'---\nconfigs:\n- config_name: {s.config}\n  '
+                                 f'data_files:\n{files}---\n'))
     return at
 
 
@@ -67,11 +82,15 @@ def test_every_schema_becomes_examples(tmp_path, name):
     assert len({x['group'] for x in examples}) == len({x['id'] for x in examples}) == len(examples)
     for x in examples:
         assert x['messages'][-1]['role'] == 'assistant' and all(m['content'] for m in x['messages'])
-        if SCHEMAS[name].check: assert CHECKS[SCHEMAS[name].check](x['messages'][-1]['content'], x['answers']), 'the reference passes its own check'
+        if SCHEMAS[name].check:
+            said = x['messages'][-1]['content']
+            assert CHECKS[SCHEMAS[name].check](said, x['answers']), 'the reference passes its own check'
         else: assert x['answers'] == []
-        if name == 'gsm8k': assert '<<' not in x['messages'][1]['content'] and '####' not in x['messages'][1]['content']
+        if name == 'gsm8k':
+            assert '<<' not in x['messages'][1]['content'] and '####' not in x['messages'][1]['content']
     if SCHEMAS[name].test: # the publisher's test split stays the test split
-        number = lambda x: int(''.join(c for c in str(x['group']) if c.isdigit() or c == '+').split('+')[0])
+        digits = lambda x: ''.join(c for c in str(x['group']) if c.isdigit() or c == '+')
+        number = lambda x: int(digits(x).split('+')[0])
         assert min(number(x) for x in splits['test']) >= 60 > max(number(x) for x in splits['train'])
 
 
@@ -84,36 +103,47 @@ def test_sources_are_pinned_to_whole_commits():
 def test_a_profile_reads_folders(tmp_path):
     for name in ('gsm8k', 'history'): folder(tmp_path, name)
     ini = (ROOT/'settings.ini').read_text()
-    ini = ini[:ini.rindex('[corpora]')].replace('corpora = deepmath ultrachat tulu gsm8k ultrafeedback triviaqa history', 'corpora = gsm8k history')
+    ini = ini[:ini.rindex('[corpora]')].replace('corpora = deepmath ultrachat tulu gsm8k ultrafeedback '
+                                                'triviaqa history', 'corpora = gsm8k history')
     (tmp_path/'settings.ini').write_text(ini + '[corpora]\ngsm8k = gsm8k\nhistory = history\n')
-    assert {x['corpus'] for x in profile_examples(load_profile('hub', tmp_path))} == {'gsm8k', 'history'}
+    examples = profile_examples(load_profile('hub', tmp_path))
+    assert {x['corpus'] for x in examples} == {'gsm8k', 'history'}
 
 
 def test_an_unreachable_hub_is_one_sentence_and_a_cure():
     "Without a network the real repositories cannot be opened, and the message says what to do"
-    code = ('from simpledeco.study.profiles import profile_examples; from simpledeco.study.settings import load_profile; p = load_profile("hub")\n'
+    code = ('from simpledeco.study.profiles import profile_examples; from '
+            'simpledeco.study.settings import load_profile; p = load_profile("hub")\n'
             'try: profile_examples(p)\nexcept OSError as e: print(e)')
     said = run('python', '-c', code, cwd=ROOT).stdout
-    assert 'cannot open corpus deepmath = zwhe99/DeepMath-103K@' in said and '--local-dir' in said and 'hf auth login' in said
+    assert 'cannot open corpus deepmath = zwhe99/DeepMath-103K@' in said
+    assert '--local-dir' in said and 'hf auth login' in said
 
 
 def test_no_gpu_and_no_such_device():
-    for device, words in [('gpu', 'is not known')] + [('cuda', 'finds no GPU')]*(not torch.cuda.is_available()):
+    wrong = {'gpu': 'is not known'}
+    if not torch.cuda.is_available(): wrong['cuda'] = 'finds no GPU'
+    for device,words in wrong.items():
         with pytest.raises(ValueError, match=words): load_model(ROOT/'models/smoke', device=device)
 
 
 def test_a_reward_model_decides(tmp_path):
     smoke = load_profile('smoke', ROOT)
     _, tokenizer = load_model(build_model(smoke.model, ROOT/'models/smoke', smoke.sha256))
-    config = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    config = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16,
+                  num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     torch.manual_seed(0)
     for labels in (1, 2):
-        LlamaForSequenceClassification(LlamaConfig(**config, num_labels=labels)).save_pretrained(tmp_path/str(labels))
+        model = LlamaForSequenceClassification(LlamaConfig(**config, num_labels=labels))
+        model.save_pretrained(tmp_path/str(labels))
         tokenizer.save_pretrained(tmp_path/str(labels))
     model, tokenizer = load_reward_model(str(tmp_path/'1'))
-    ours, theirs = [talk(i) for i in range(6)], [talk(i, 'user', 'assistant')[:1] + [dict(role='assistant', content='no ' * (i + 1))] for i in range(6)]
+    ours = [talk(i) for i in range(6)]
+    theirs = [talk(i, 'user', 'assistant')[:1] + [dict(role='assistant', content='no ' * (i + 1))]
+              for i in range(6)]
     a, b = rewards(model, tokenizer, ours), rewards(model, tokenizer, theirs)
-    ids = torch.tensor([tokenizer(tokenizer.apply_chat_template(ours[2], tokenize=False), add_special_tokens=False).input_ids])
+    ids = torch.tensor([tokenizer(tokenizer.apply_chat_template(ours[2], tokenize=False),
+                                  add_special_tokens=False).input_ids])
     last = model.score(model.model(ids).last_hidden_state[0, -1])
     torch.testing.assert_close(a[2], last[0].float()) # the head of the class, applied by hand
     assert win_rate(a, b) + win_rate(b, a) == 1 and win_rate(a, a) == .5
@@ -121,14 +151,16 @@ def test_a_reward_model_decides(tmp_path):
     with pytest.raises(OSError, match='cannot load reward model'): load_reward_model(str(tmp_path/'3'))
 
 
-@pytest.mark.skipif(not (GSM8K/'train.jsonl').exists(), reason=f'no GSM8K in {GSM8K}; name a folder in SIMPLEDECO_GSM8K')
+@pytest.mark.skipif(not (GSM8K/'train.jsonl').exists(),
+                    reason=f'no GSM8K in {GSM8K}; name a folder in SIMPLEDECO_GSM8K')
 def test_real_gsm8k_from_a_folder_to_coverage(tmp_path):
     "The whole way: read, scan, train, calibrate, coverage"
     smoke = load_profile('smoke', ROOT)
     model, tokenizer = load_model(build_model(smoke.model, ROOT/'models/smoke', smoke.sha256))
     examples = hub_corpus('gsm8k', str(GSM8K), 60)
     assert all(CHECKS['number'](x['messages'][1]['content'], x['answers']) for x in examples)
-    table = scan(model, tokenizer, examples, tmp_path/'t', batch_tokens=8192, max_tokens=200, progress=False)
+    table = scan(model, tokenizer, examples, tmp_path/'t', batch_tokens=8192, max_tokens=200,
+                 progress=False)
     head = fit(table, risk=.1, steps=200)
     calibrated = calibrate(head, table, .1)
     kept = coverage(calibrated, table)['gsm8k']['groups']

@@ -14,24 +14,40 @@ def test_wheel_and_sdist(clone, tmp_path):
     (wheel,), (sdist,) = tmp_path.glob('*.whl'), tmp_path.glob('*.tar.gz')
     run(sys.executable, '-m', 'twine', 'check', '--strict', wheel, sdist, cwd=tmp_path)
     names = zipfile.ZipFile(wheel).namelist()
-    assert {n for n in names if n.startswith('simpledeco/')} == {str(p.relative_to(ROOT)) for p in (ROOT/'simpledeco').rglob('*.py')}
-    points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('entry_points.txt'))).decode()
-    for line in ('simpledeco = simpledeco.cli:main', 'simpledeco = simpledeco.vllm:register', 'simpledeco = simpledeco.harness:SimpleDecoLM'): assert line in points
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT/'simpledeco').rglob('*.py')}
+    assert {n for n in names if n.startswith('simpledeco/')} == modules
+    points = zipfile.ZipFile(wheel).read(next(n for n in names
+                                              if n.endswith('entry_points.txt'))).decode()
+    for line in ('simpledeco = simpledeco.cli:main', 'simpledeco = simpledeco.vllm:register',
+                 'simpledeco = simpledeco.harness:SimpleDecoLM'):
+        assert line in points
     assert any(n.endswith('simpledeco/loss.py') for n in tarfile.open(sdist).getnames())
 
 
 def test_push_to_hub_uploads_the_head_and_our_card(tmp_path, monkeypatch):
     "The hub stands in a folder; what it would show, and what comes back from it"
-    record = dict(model='org/model', revision='0123abc', corpora=['chat'], tokens=1234, calibration=['chat'], coverage=dict(chat=dict(mean=.81, lo=.78, hi=.84, groups=20)))
+    record = dict(model='org/model', revision='0123abc', corpora=['chat'], tokens=1234,
+                  calibration=['chat'], coverage=dict(chat=dict(mean=.81, lo=.78, hi=.84, groups=20)))
     head, sent = TemperatureHead(32, base_model='abc', risk=.2, record=record), []
-    monkeypatch.setattr(HfApi, 'create_repo', lambda self, repo_id, **kw: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(HfApi, 'upload_folder', lambda self, *, repo_id, folder_path, **kw: sent.append(repo_id) or shutil.copytree(folder_path, tmp_path/'hub'))
+    monkeypatch.setattr(HfApi, 'create_repo',
+                        lambda self, repo_id, **kw: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, 'upload_folder',
+                        lambda self, *, repo_id, folder_path, **kw: sent.append(repo_id)
+                        or shutil.copytree(folder_path, tmp_path/'hub'))
     head.push_to_hub('me/head')
-    assert sent == ['me/head'] and sorted(p.name for p in (tmp_path/'hub').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    assert sent == ['me/head']
+    files = sorted(p.name for p in (tmp_path/'hub').iterdir())
+    assert files == ['README.md', 'config.json', 'model.safetensors']
     card = ModelCard.load(tmp_path/'hub/README.md')
-    assert (card.data.base_model, card.data.library_name, card.data.license) == ('org/model', 'simpledeco', 'apache-2.0')
-    for part in ('| base model | org/model |', '| revision | 0123abc |', '| risk | 0.2 |', '| calibration corpora | chat |', '| chat | 81.0% | 78.0 to 84.0% | 20 |',
-                 'It is calibrated', 'Nothing is promised for one corpus alone, or for other text.'): assert part in card.text, part
-    assert 'It is not calibrated: nothing is promised.' in str(TemperatureHead(32).generate_model_card())
+    assert (card.data.base_model, card.data.library_name,
+            card.data.license) == ('org/model', 'simpledeco', 'apache-2.0')
+    for part in ('| base model | org/model |', '| revision | 0123abc |', '| risk | 0.2 |',
+                 '| calibration corpora | chat |', '| chat | 81.0% | 78.0 to 84.0% | 20 |',
+                 'It is calibrated', 'Nothing is promised for one corpus alone, or for other text.'):
+        assert part in card.text, part
+    assert 'It is not calibrated: nothing is promised.' in str(
+        TemperatureHead(32).generate_model_card())
     back = TemperatureHead.from_pretrained(tmp_path/'hub')
-    assert back.record == record and back.risk == .2 and all(torch.equal(a, b) for a,b in zip(back.state_dict().values(), head.state_dict().values(), strict=True))
+    assert back.record == record and back.risk == .2
+    assert all(torch.equal(a, b)
+               for a,b in zip(back.state_dict().values(), head.state_dict().values(), strict=True))

@@ -14,7 +14,8 @@ def set_params(folder, **values):
 
 @pytest.fixture(scope='module')
 def finished(clone):
-    "The clone after one `dvc repro`: every stage, with a hundred steps, so that a head has had the time to move"
+    """The clone after one `dvc repro`: every stage, with a hundred steps, so that a head has had
+    the time to move"""
     set_params(clone, profiles='[smoke]', steps=100, bootstrap=50, width=16)
     run('python', '-m', 'simpledeco.study.data', cwd=clone)
     done = run('dvc', 'repro', cwd=clone)
@@ -35,7 +36,8 @@ def test_pipeline_ends_in_a_paper(finished):
 
 def test_second_run_does_nothing(finished):
     folder, _ = finished
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file() and not {'.git', '.dvc'} & set(p.parts)}
+    before = {p: p.stat().st_mtime_ns
+              for p in folder.rglob('*') if p.is_file() and not {'.git', '.dvc'} & set(p.parts)}
     done = run('dvc', 'repro', cwd=folder)
     assert 'Running stage' not in done.stdout and 'up to date' in done.stdout
     assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -45,23 +47,27 @@ def test_second_run_does_nothing(finished):
 def test_running_again_gives_the_same_bytes(finished):
     "Executed notebooks are normalised and training is deterministic"
     folder, _ = finished
-    files = [folder/'build/smoke/evaluate.ipynb', folder/'results/smoke/evaluate.json', folder/'paper/figures/smoke/v_curve.pdf', *(folder/'heads/smoke/logits-mix').iterdir()]
+    files = [folder/'build/smoke/evaluate.ipynb', folder/'results/smoke/evaluate.json',
+             folder/'paper/figures/smoke/v_curve.pdf', *(folder/'heads/smoke/logits-mix').iterdir()]
     before = {p: p.read_bytes() for p in files}
-    run('dvc', 'repro', '--force', '--single-item', 'train@smoke', 'evaluate@smoke', 'figures@smoke', cwd=folder)
+    run('dvc', 'repro', '--force', '--single-item', 'train@smoke', 'evaluate@smoke',
+        'figures@smoke', cwd=folder)
     for p in files: assert p.read_bytes() == before[p], p
 
 
 def test_metrics_and_plots_are_declared(finished):
     folder, _ = finished
     metrics = json.loads(run('dvc', 'metrics', 'show', '--json', cwd=folder).stdout)
-    assert {'results/smoke/prescan.json', 'results/smoke/train.json', 'results/smoke/evaluate.json'} <= set(metrics['']['data'])
+    assert {'results/smoke/prescan.json', 'results/smoke/train.json',
+            'results/smoke/evaluate.json'} <= set(metrics['']['data'])
     run('dvc', 'plots', 'show', '-o', 'build/plots', cwd=folder)
     assert 'v_curve' in (folder/'build/plots/index.html').read_text()
 
 
 def test_an_experiment_moves_the_coverage(finished):
     folder, _ = finished
-    kept = lambda: json.loads((folder/'results/smoke/evaluate.json').read_text())['in_domain']['kept']['mean']
+    kept = lambda: json.loads(
+        (folder/'results/smoke/evaluate.json').read_text())['in_domain']['kept']['mean']
     before = kept()
     run('dvc', 'exp', 'run', '-S', 'risk=0.6', 'evaluate@smoke', cwd=folder)
     assert kept() < before - .02
@@ -70,7 +76,8 @@ def test_an_experiment_moves_the_coverage(finished):
 
 def test_an_experiment_that_changes_the_answers_scans_them_again(finished):
     folder, _ = finished
-    said = lambda: [x['messages'][-1]['content'] for x in json.loads((folder/'answers/smoke/examples.json').read_text())]
+    said = lambda: [x['messages'][-1]['content']
+                    for x in json.loads((folder/'answers/smoke/examples.json').read_text())]
     before = said()
     run('dvc', 'exp', 'run', '-S', 'seed=7', 'answers@smoke', cwd=folder)
     assert said() != before
@@ -79,17 +86,21 @@ def test_an_experiment_that_changes_the_answers_scans_them_again(finished):
 
 
 def test_a_second_model_stands_beside_the_first(finished):
-    "It has another vocabulary and another hidden size; neither overwrites the other, and what its results allow is drawn for it too"
+    """It has another vocabulary and another hidden size; neither overwrites the other, and what its
+    results allow is drawn for it too"""
     folder, _ = finished
     before = {p: p.read_bytes() for p in (folder/'results/smoke').iterdir()}
     set_params(folder, profiles='[smoke, smoke-other]')
     run('dvc', 'repro', 'evaluate@smoke-other', cwd=folder)
     run('python', '-m', 'simpledeco.study.pipeline', 'run', 'figures', 'smoke-other', cwd=folder)
-    found = [json.loads((folder/f'results/{name}/prescan.json').read_text()) for name in ('smoke', 'smoke-other')]
+    found = [json.loads((folder/f'results/{name}/prescan.json').read_text())
+             for name in ('smoke', 'smoke-other')]
     assert [(x['vocabulary'], x['hidden_size']) for x in found] == [(49152, 32), (3000, 48)]
     assert before == {p: p.read_bytes() for p in before}
-    for kind, names in (('figures', {'v_curve.pdf', 'auroc.pdf', 'tradeoff.pdf'}), ('tables', {'kept.tex', 'loss.tex', 'corpora.tex', 'decoders.tex'})):
-        one, other = ({f.name: f.read_bytes() for f in (folder/f'paper/{kind}/{name}').iterdir()} for name in ('smoke', 'smoke-other'))
+    for kind, names in (('figures', {'v_curve.pdf', 'auroc.pdf', 'tradeoff.pdf'}),
+                        ('tables', {'kept.tex', 'loss.tex', 'corpora.tex', 'decoders.tex'})):
+        one, other = ({f.name: f.read_bytes() for f in (folder/f'paper/{kind}/{name}').iterdir()}
+                      for name in ('smoke', 'smoke-other'))
         assert names <= other.keys() <= one.keys()
         assert all(one[k] != other[k] for k in names - {'decoders.tex'})
     run('git', 'checkout', 'params.yaml', cwd=folder)

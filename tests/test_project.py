@@ -23,26 +23,33 @@ def test_package_is_what_the_notebooks_export(tmp_path):
         copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy2
         copy(ROOT/name, tmp_path/name)
     run('nbdev-export', cwd=tmp_path)
-    for p in (ROOT/'simpledeco').rglob('*.py'): assert (tmp_path/p.relative_to(ROOT)).read_text() == p.read_text(), f'{p.name}: run nbdev-export'
+    for p in (ROOT/'simpledeco').rglob('*.py'):
+        made = (tmp_path/p.relative_to(ROOT)).read_text()
+        assert made == p.read_text(), f'{p.name}: run nbdev-export'
 
 
 def test_readme_is_the_index_notebook():
-    assert readme(nbformat.read(ROOT/'nbs/index.ipynb', 4)) == (ROOT/'README.md').read_text(), 'run `make notebooks`'
+    index = nbformat.read(ROOT/'nbs/index.ipynb', 4)
+    assert readme(index) == (ROOT/'README.md').read_text(), 'run `make notebooks`'
 
 
 @pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
 def test_library_notebooks_show_their_results_and_no_noise(path):
     cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
     assert any(c.outputs for c in cells), 'no outputs: run `make notebooks`'
-    assert not [o for c in cells for o in c.outputs if o.get('name') == 'stderr' or o.output_type == 'error']
+    assert not [o for c in cells for o in c.outputs if o.get('name') == 'stderr'
+                or o.output_type == 'error']
 
 
 @pytest.mark.parametrize('path', PIPELINE, ids=lambda p: p.stem)
 def test_pipeline_notebooks_are_thin_and_without_outputs(path):
-    for c in nbformat.read(path, 4).cells: assert not c.get('outputs'), 'clear the outputs before committing'
+    for c in nbformat.read(path, 4).cells:
+        assert not c.get('outputs'), 'clear the outputs before committing'
     tree = ast.parse('\n'.join(sources(path)))
-    assert not [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))], 'pipeline notebooks define nothing'
-    long = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Lambda) and len(ast.unparse(n)) > 180]
+    made = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    assert not made, 'pipeline notebooks define nothing'
+    lambdas = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Lambda)]
+    long = [x for x in lambdas if len(x) > 180]
     assert not long, f'science in a lambda: {long}'
 
 
@@ -67,13 +74,16 @@ def test_the_method_never_imports_the_study():
 
 def test_a_head_can_be_imported_alone():
     "Neither corpora nor the reader of settings, nor the library of data sets"
-    code = 'import sys, simpledeco.head; print([m for m in sys.modules if m in ("datasets", "reasoning_gym", "simpledeco.conversations") or m.startswith("simpledeco.study")])'
+    code = ('import sys, simpledeco.head; print([m for m in sys.modules if m in ("datasets", '
+            '"reasoning_gym", "simpledeco.conversations") or m.startswith("simpledeco.study")])')
     assert run('python', '-c', code, cwd=ROOT).stdout.strip() == '[]'
 
 
 def test_no_private_name_crosses_a_module():
     for f in (ROOT/'simpledeco').rglob('*.py'):
-        private = [a.name for n in ast.walk(ast.parse(f.read_text(encoding='utf-8'))) if isinstance(n, ast.ImportFrom) for a in n.names if a.name.startswith('_') and not a.name.startswith('__')]
+        tree = ast.parse(f.read_text(encoding='utf-8'))
+        imports = [a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names]
+        private = [x for x in imports if x.startswith('_') and not x.startswith('__')]
         assert not private, f'{f.name} imports {private}'
 
 
@@ -90,20 +100,24 @@ def test_the_long_results_are_those_of_their_run(): check_stamp(ROOT/'results/fu
 
 def test_the_paper_types_no_results_by_hand():
     text = '\n'.join(p.read_text() for p in (ROOT/'paper/sections').glob('*.tex'))
-    text = re.sub(r'\\(num|pct|cite\w*|cref|label|ref|input|includegraphics(\[[^\]]*\])?)\{[^}]*\}|%.*', '', text)
+    text = re.sub(r'\\(num|pct|cite\w*|cref|label|ref|input|includegraphics(\[[^\]]*\])?)\{[^}]*\}|%.*',
+                  '', text)
     assert not re.findall(r'(?<![\w.$=])(?:0?\.\d{3,}|\d+\.\d+\s*\\%)', text)
 
 
 def test_figures_and_tables_used_are_committed_outputs():
     text = '\n'.join(p.read_text() for p in (ROOT/'paper/sections').glob('*.tex'))
-    used = re.findall(r'\\includegraphics(?:\[[^\]]*\])?\{([^}]*)\}', text) + [f'{t}.tex' for t in re.findall(r'\\input\{(tables/[^}]*)\}', text)]
+    used = re.findall(r'\\includegraphics(?:\[[^\]]*\])?\{([^}]*)\}', text)
+    used += [f'{t}.tex' for t in re.findall(r'\\input\{(tables/[^}]*)\}', text)]
     assert len(used) >= 4
     for name in used: assert (ROOT/'paper'/name).exists(), name
 
 
 def test_nothing_speaks_of_one_machine():
-    files = [ROOT/f for f in run('git', 'ls-files', '-co', '--exclude-standard', cwd=ROOT).stdout.splitlines()]
-    hosts = ['py' + 'pi.org', 'python' + 'hosted', 'deb' + 'ian.org', '/ro' + 'ot/', '/wo' + 'rk/', '/ho' + 'me/']
+    files = [ROOT/f for f in run('git', 'ls-files', '-co', '--exclude-standard',
+                                 cwd=ROOT).stdout.splitlines()]
+    hosts = ['py' + 'pi.org', 'python' + 'hosted', 'deb' + 'ian.org', '/ro' + 'ot/', '/wo' + 'rk/',
+             '/ho' + 'me/']
     for f in files:
         if f.suffix in ('.pdf',) or not f.is_file(): continue
         text = f.read_text(encoding='utf-8')

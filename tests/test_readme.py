@@ -9,13 +9,15 @@ from simpledeco.study.models import model_folder
 def snippets():
     "The blocks of Python on the front page, in order"
     blocks = re.findall(r'(?:^(?: {4}.*)?\n)+', (ROOT/'README.md').read_text(), re.M)
-    return [re.sub('^ {4}', '', b, flags=re.M) for b in blocks if b.lstrip().startswith('from simpledeco')]
+    return [re.sub('^ {4}', '', b, flags=re.M)
+            for b in blocks if b.lstrip().startswith('from simpledeco')]
 
 
 def test_the_snippets_run_one_after_the_other(tmp_path, monkeypatch):
     found = snippets()
     assert len(found) == 2
-    code = '\n'.join(found).replace("'Qwen/Qwen2.5-0.5B-Instruct'", repr(str(model_folder('smoke', ROOT)))).replace('[::10]', '[::40]')
+    code = '\n'.join(found).replace("'Qwen/Qwen2.5-0.5B-Instruct'",
+                                    repr(str(model_folder('smoke', ROOT)))).replace('[::10]', '[::40]')
     monkeypatch.chdir(tmp_path)
     made = {}
     exec(compile(code, 'README.md', 'exec'), made)

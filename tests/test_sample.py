@@ -1,4 +1,5 @@
-"""The sampler: the text of a seed depends on nothing that stands beside it, any kind of cache, and the distribution of `generate`."""
+"""The sampler: the text of a seed depends on nothing that stands beside it, any kind of cache, and
+the distribution of `generate`."""
 from collections import Counter
 
 import numpy as np
@@ -11,12 +12,16 @@ from scipy.stats import chi2_contingency
 from simpledeco.model import load_model
 from simpledeco.sample import constant, sample
 
-ASKED = 'Hi!', 'What is the capital of Norway?', 'Continue this story: it was a dark and stormy night, and'
+ASKED = ('Hi!', 'What is the capital of Norway?',
+         'Continue this story: it was a dark and stormy night, and')
 TALKS = [[dict(role='user', content=t)] for t in ASKED]
-RULES = dict(greedy=constant(0), warm=constant(1), hot=constant(1.5, min_p=None), nucleus=constant(1, top_p=.9))
-TINY = dict(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+RULES = dict(greedy=constant(0), warm=constant(1), hot=constant(1.5, min_p=None),
+             nucleus=constant(1, top_p=.9))
+TINY = dict(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4,
+LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+              linear_value_head_dim=8, num_experts=4,
               num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
 KINDS = {'every position': ('LlamaConfig', {}),
          'a wide window': ('MistralConfig', dict(sliding_window=4096)),
@@ -32,7 +37,8 @@ KINDS = {'every position': ('LlamaConfig', {}),
 def smoke(): return load_model(ROOT/'models/smoke')
 
 
-def tokens(found): return {name: [[a.tokens for a in group] for group in groups] for name,groups in found.items()}
+def tokens(found):
+    return {name: [[a.tokens for a in group] for group in groups] for name,groups in found.items()}
 
 
 def tiny(name, **options):
@@ -46,19 +52,23 @@ def test_a_seed_gives_the_same_texts_in_any_batch(smoke, rows):
     "Up to the rounding of the logits: a draw changes only where two scores agree to about 1e-6"
     usual, other = (sample(*smoke, TALKS, RULES, 3, 12, rows=r, progress=False) for r in (192, rows))
     assert tokens(usual) == tokens(other)
-    assert all(abs(a.nll - b.nll) < 1e-4 for name in RULES for x,y in zip(usual[name], other[name]) for a,b in zip(x, y))
+    assert all(abs(a.nll - b.nll) < 1e-4 for name in RULES for x,y in zip(usual[name], other[name])
+               for a,b in zip(x, y))
 
 
 def test_another_decoder_or_prompt_changes_nothing(smoke):
     every = tokens(sample(*smoke, TALKS, RULES, 3, 12, progress=False))
     alone = tokens(sample(*smoke, TALKS[:0:-1], dict(hot=RULES['hot']), 3, 12, progress=False))
     assert alone['hot'] == every['hot'][:0:-1]
-    assert tokens(sample(*smoke, TALKS, dict(again=RULES['warm']), 2, 12, progress=False))['again'] == [g[:2] for g in every['warm']]
+    assert tokens(sample(*smoke, TALKS, dict(again=RULES['warm']), 2, 12,
+                         progress=False))['again'] == [g[:2] for g in every['warm']]
 
 
 def test_samples_seeds_and_repeated_prompts_differ(smoke):
-    first, again = tokens(sample(*smoke, [TALKS[0]]*2, dict(hot=RULES['hot']), 2, 12, progress=False))['hot']
-    other = tokens(sample(*smoke, [TALKS[0]], dict(hot=RULES['hot']), 2, 12, seed=1, progress=False))['hot'][0]
+    first, again = tokens(sample(*smoke, [TALKS[0]]*2, dict(hot=RULES['hot']), 2, 12,
+                                 progress=False))['hot']
+    other = tokens(sample(*smoke, [TALKS[0]], dict(hot=RULES['hot']), 2, 12, seed=1,
+                          progress=False))['hot'][0]
     assert len({tuple(t) for t in (*first, *again, *other)}) == 6
 
 
@@ -67,22 +77,28 @@ def test_every_kind_of_cache_is_what_generate_does(smoke, kind):
     model, tokenizer = tiny(KINDS[kind][0], **KINDS[kind][1]), smoke[1]
     got = tokens(sample(model, tokenizer, TALKS, RULES, 2, 12, rows=7, progress=False))
     for talk,answers in zip(TALKS, got['greedy']):
-        ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors='pt', return_dict=True).input_ids
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)[0, ids.shape[1]:].tolist()
+        ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors='pt',
+                                            return_dict=True).input_ids
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                  max_new_tokens=12)[0, ids.shape[1]:].tolist()
         assert answers == [expected]*2
     assert got == tokens(sample(model, tokenizer, TALKS, RULES, 2, 12, progress=False))
 
 
 def test_a_model_without_such_a_cache_is_refused(smoke):
-    model = transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=49152, hidden_size=32, num_hidden_layers=2)).eval()
-    with pytest.raises(ValueError, match='RwkvForCausalLM takes no cache'): sample(model, smoke[1], TALKS, RULES, 1, 2, progress=False)
+    config = transformers.RwkvConfig(vocab_size=49152, hidden_size=32, num_hidden_layers=2)
+    model = transformers.RwkvForCausalLM(config).eval()
+    with pytest.raises(ValueError, match='RwkvForCausalLM takes no cache'):
+        sample(model, smoke[1], TALKS, RULES, 1, 2, progress=False)
 
 
 def test_an_answer_ends_at_any_end_token(smoke, monkeypatch):
     model, tokenizer = smoke
-    whole = sample(model, tokenizer, TALKS[:1], dict(greedy=constant(0)), 1, 12, progress=False)['greedy'][0][0].tokens
+    whole = sample(model, tokenizer, TALKS[:1], dict(greedy=constant(0)), 1, 12,
+                   progress=False)['greedy'][0][0].tokens
     monkeypatch.setattr(model.generation_config, 'eos_token_id', [tokenizer.eos_token_id, whole[1]])
-    cut = sample(model, tokenizer, TALKS[:1], dict(greedy=constant(0)), 1, 12, progress=False)['greedy'][0][0].tokens
+    cut = sample(model, tokenizer, TALKS[:1], dict(greedy=constant(0)), 1, 12,
+                 progress=False)['greedy'][0][0].tokens
     assert cut == whole[:whole.index(whole[1]) + 1]
 
 
@@ -93,19 +109,26 @@ def test_logits_that_are_not_numbers_are_an_error(smoke):
         sample(model, smoke[1], TALKS, RULES, 1, 2, progress=False)
     for broken in (-torch.inf, torch.nan, torch.inf):
         rules = dict(broken=lambda step: torch.full_like(step.logits, broken)) # called at once
-        with pytest.raises(ValueError, match="the rule 'broken' leaves no token"): sample(*smoke, TALKS, rules, 1, 2, progress=False)
+        with pytest.raises(ValueError, match="the rule 'broken' leaves no token"):
+            sample(*smoke, TALKS, rules, 1, 2, progress=False)
 
 
 def test_a_later_token_is_distributed_as_in_generate(smoke):
     model, tokenizer = smoke
-    ids = tokenizer.apply_chat_template(TALKS[1], add_generation_prompt=True, return_tensors='pt', return_dict=True).input_ids
+    ids = tokenizer.apply_chat_template(TALKS[1], add_generation_prompt=True, return_tensors='pt',
+                                        return_dict=True).input_ids
     third = lambda texts: Counter(t[2] if len(t) > 2 else -1 for t in texts)
-    ours = third(a.tokens for a in sample(model, tokenizer, TALKS[1:2], dict(warm=constant(.7)), 1000, 3, progress=False)['warm'][0])
+    ours = third(a.tokens for a in sample(model, tokenizer, TALKS[1:2], dict(warm=constant(.7)),
+                                          1000, 3, progress=False)['warm'][0])
     torch.manual_seed(1)
-    options = dict(do_sample=True, temperature=.7, min_p=.1, top_k=0, top_p=1., pad_token_id=tokenizer.eos_token_id, max_new_tokens=3)
+    options = dict(do_sample=True, temperature=.7, min_p=.1, top_k=0, top_p=1.,
+                   pad_token_id=tokenizer.eos_token_id, max_new_tokens=3)
     ids = ids.expand(1000, -1)
-    rows = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1]:].tolist()
-    theirs = third(t[:t.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in t else t for t in rows)
+    rows = model.generate(ids, attention_mask=torch.ones_like(ids),
+                          **options)[:, ids.shape[1]:].tolist()
+    theirs = third(t[:t.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in t else t
+                   for t in rows)
     common = [t for t in ours | theirs if ours[t] + theirs[t] >= 20]
-    table = np.array([[c[t] for t in common] + [1000 - sum(c[t] for t in common)] for c in (ours, theirs)])
+    table = np.array([[c[t] for t in common] + [1000 - sum(c[t] for t in common)]
+                      for c in (ours, theirs)])
     assert len(common) > 1 and chi2_contingency(table[:, table.sum(0) > 0]).pvalue > .001

@@ -14,9 +14,11 @@ from simpledeco.vllm import ends_of, PREFIX, serve_dir, write
 
 vllm = pytest.importorskip('vllm', reason='run `make test-vllm`')
 MODEL = ROOT/'models/embedded'
-SETTINGS = dict(dtype='float32', max_model_len=512, max_num_seqs=64, enforce_eager=True, block_size=32) # of 32, so that the answers to one prompt share most of it
+# of 32, so that the answers to one prompt share most of it
+SETTINGS = dict(dtype='float32', max_model_len=512, max_num_seqs=64, enforce_eager=True, block_size=32)
 os.environ |= dict(HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='1', VLLM_NO_USAGE_STATS='1')
-PROMPTS = ['What is the capital of France?', 'Write the first line of a poem.', 'What is 17 + 25?', 'Tell me a surprising fact.']
+PROMPTS = ['What is the capital of France?', 'Write the first line of a poem.', 'What is 17 + 25?',
+           'Tell me a surprising fact.']
 
 
 @pytest.fixture(scope='module')
@@ -25,7 +27,8 @@ def reference(): return load_model(MODEL)
 
 @pytest.fixture(scope='module')
 def prompts(reference):
-    return [reference[1].apply_chat_template([dict(role='user', content=p)], add_generation_prompt=True, tokenize=False) for p in PROMPTS]
+    return [reference[1].apply_chat_template([dict(role='user', content=p)], add_generation_prompt=True,
+                                             tokenize=False) for p in PROMPTS]
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +53,8 @@ def ours(served): return vllm.LLM(str(served['logits'][1]), **SETTINGS)
 
 
 def expected(reference, head, prompt, ids):
-    "What transformers makes of the same tokens: logits [n, V], temperatures [n], log-probabilities with the head attached [n, V]"
+    """What transformers makes of the same tokens: logits [n, V], temperatures [n],
+    log-probabilities with the head attached [n, V]"""
     model, tokenizer = reference
     start = tokenizer(prompt, add_special_tokens=False).input_ids
     x, rows = torch.tensor([start + list(ids)]), slice(len(start) - 1, -1)
@@ -61,13 +65,15 @@ def expected(reference, head, prompt, ids):
 
 
 def compare(reference, head, prompt, ids, logprobs):
-    "Log-probabilities by token id against transformers; the temperature, recovered from two of them, against the head's"
+    """Log-probabilities by token id against transformers; the temperature, recovered from two of
+    them, against the head's"""
     z, T, wanted = expected(reference, head, prompt, ids)
     for i,found in enumerate(logprobs):
         best, other = sorted(found, key=found.get)[-1], sorted(found, key=found.get)[0]
         recovered = (z[i, best] - z[i, other]).item()/(found[best] - found[other])
         assert math.isclose(recovered, T[i].item(), rel_tol=2e-3), (recovered, T[i])
-        for token,value in found.items(): assert abs(value - wanted[i, token].item()) < .01*(1 + abs(value)), (i, token)
+        for token,value in found.items():
+            assert abs(value - wanted[i, token].item()) < .01*(1 + abs(value)), (i, token)
     return T
 
 
@@ -78,7 +84,8 @@ def test_there_is_a_class_with_a_head_for_every_class_of_vllm():
     names = vllm.ModelRegistry.get_supported_archs()
     own = {n for n in names if not n.startswith(PREFIX)}
     assert len(own) > 100 and own == {n.removeprefix(PREFIX) for n in names - own}
-    for name in ('LlamaForCausalLM', 'Qwen3ForCausalLM', 'Gemma3ForCausalLM', 'MixtralForCausalLM', 'GPT2LMHeadModel'):
+    for name in ('LlamaForCausalLM', 'Qwen3ForCausalLM', 'Gemma3ForCausalLM', 'MixtralForCausalLM',
+                 'GPT2LMHeadModel'):
         base, made = (vllm.ModelRegistry.models[n].load_model_cls() for n in (name, PREFIX + name))
         assert issubclass(made, base) and made is not base and is_text_generation_model(made)
         assert vllm.ModelRegistry.models[PREFIX + name].load_model_cls() is made
@@ -87,15 +94,18 @@ def test_there_is_a_class_with_a_head_for_every_class_of_vllm():
 
 def test_greedy_is_that_of_the_model(base, ours, prompts):
     greedy = vllm.SamplingParams(temperature=0, max_tokens=32)
-    plain, divided = ([o.outputs[0].token_ids for o in engine.generate(prompts, greedy, use_tqdm=False)] for engine in (base, ours))
+    plain, divided = ([o.outputs[0].token_ids for o in engine.generate(prompts, greedy, use_tqdm=False)]
+                      for engine in (base, ours))
     assert divided == plain and sum(map(len, plain)) > 60
 
 
 def test_temperatures_are_those_of_transformers(reference, served, ours, prompts):
     seen = []
-    for prompt,out in zip(prompts, ours.generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=24, logprobs=8), use_tqdm=False)):
+    params = vllm.SamplingParams(temperature=0, max_tokens=24, logprobs=8)
+    for prompt,out in zip(prompts, ours.generate(prompts, params, use_tqdm=False)):
         o = out.outputs[0]
-        seen.append(compare(reference, served['logits'][0], prompt, o.token_ids, [{t: x.logprob for t,x in step.items()} for step in o.logprobs]))
+        seen.append(compare(reference, served['logits'][0], prompt, o.token_ids,
+                            [{t: x.logprob for t,x in step.items()} for step in o.logprobs]))
     assert torch.cat(seen).std() > .1, 'temperatures that are all alike would prove nothing'
 
 
@@ -105,48 +115,64 @@ def test_min_p_is_the_default_and_a_request_may_change_it(served, ours):
 
 
 @pytest.mark.parametrize('temperature, min_p', [(1., .1), (2., .1), (1.5, .02)])
-def test_first_tokens_have_the_frequencies_that_they_should(reference, served, ours, prompts, temperature, min_p):
-    "Request-level temperature multiplies, and min-p comes after it: a chi-square test of sampled first tokens"
+def test_first_tokens_have_the_frequencies_that_they_should(reference, served, ours, prompts,
+                                                            temperature, min_p):
+    """Request-level temperature multiplies, and min-p comes after it: a chi-square test of sampled
+    first tokens"""
     head, prompt, n = served['logits'][0], prompts[1], 1024
     z, T, _ = expected(reference, head, prompt, [0])
     p = min_p_filter(z[0]/(T[0]*temperature), min_p).softmax(-1)
-    params = vllm.SamplingParams(temperature=temperature, min_p=min_p, top_k=0, max_tokens=1, n=64, seed=None)
-    drawn = torch.tensor([o.token_ids[0] for out in ours.generate([prompt]*(n//64), params, use_tqdm=False) for o in out.outputs])
+    params = vllm.SamplingParams(temperature=temperature, min_p=min_p, top_k=0, max_tokens=1, n=64,
+                                 seed=None)
+    drawn = torch.tensor([o.token_ids[0]
+                          for out in ours.generate([prompt]*(n//64), params, use_tqdm=False)
+                          for o in out.outputs])
     counts = drawn.bincount(minlength=len(p))
     assert (p[drawn] > 0).all(), 'a token that min-p cuts was drawn'
     common = p*n >= 5
-    seen, wanted = counts[common].tolist() + [int(counts[~common].sum())], (p[common]*n).tolist() + [float(p[~common].sum()*n)]
-    if wanted[-1] < 5: seen, wanted = seen[:-2] + [seen[-2] + seen[-1]], wanted[:-2] + [wanted[-2] + wanted[-1]]
+    seen = counts[common].tolist() + [int(counts[~common].sum())]
+    wanted = (p[common]*n).tolist() + [float(p[~common].sum()*n)]
+    if wanted[-1] < 5:
+        seen, wanted = seen[:-2] + [seen[-2] + seen[-1]], wanted[:-2] + [wanted[-2] + wanted[-1]]
     assert len(seen) > 3 and chisquare(seen, [w*n/sum(wanted) for w in wanted]).pvalue > 1e-4
 
 
 def test_answers_are_those_of_the_sampler(reference, base):
-    "Greedy answers and their likelihoods are those of `sample`; random ones are of their prompt, end as they say, and repeat with the seed"
+    """Greedy answers and their likelihoods are those of `sample`; random ones are of their prompt,
+    end as they say, and repeat with the seed"""
     model, tokenizer = reference
     talks = [[dict(role='user', content=p)] for p in PROMPTS]
-    for ours,theirs in zip(sample(model, tokenizer, talks, dict(greedy=constant(0)), 1, 24, progress=False)['greedy'], write(base, tokenizer, talks, 1, 24, temperature=0)):
+    greedy = sample(model, tokenizer, talks, dict(greedy=constant(0)), 1, 24, progress=False)['greedy']
+    for ours,theirs in zip(greedy, write(base, tokenizer, talks, 1, 24, temperature=0)):
         assert theirs[0].tokens == ours[0].tokens and abs(theirs[0].nll - ours[0].nll) < 1e-3
     drawn, again = (write(base, tokenizer, talks, 3, 24, seed=5) for _ in range(2))
     assert drawn == again and len({tuple(a.tokens) for group in drawn for a in group}) > len(PROMPTS)
-    prompts = [dict(id=str(i), corpus='x', split='train', group=str(i), messages=t, answer=a) for i,(t,a) in enumerate(zip(talks, ('Paris', None, '42', None)))]
+    prompts = [dict(id=str(i), corpus='x', split='train', group=str(i), messages=t, answer=a)
+               for i,(t,a) in enumerate(zip(talks, ('Paris', None, '42', None)))]
     examples = judge(tokenizer, prompts, drawn, ends_of(base, tokenizer))
-    assert len(examples) == 12 and all(x['right'] for x in examples[3:6]) and {x['ended'] for x in examples} <= {True, False}
+    assert len(examples) == 12 and all(x['right'] for x in examples[3:6])
+    assert {x['ended'] for x in examples} <= {True, False}
 
 
 def test_without_the_plugin_the_folder_is_refused(served):
     code = f'from vllm.config import ModelConfig; ModelConfig({str(served["logits"][1])!r})'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(VLLM_PLUGINS='lora_filesystem_resolver'))
-    assert done.returncode and f'{PREFIX}LlamaForCausalLM' in done.stderr and 'not supported' in done.stderr
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          env=os.environ | dict(VLLM_PLUGINS='lora_filesystem_resolver'))
+    assert done.returncode and f'{PREFIX}LlamaForCausalLM' in done.stderr
+    assert 'not supported' in done.stderr
 
 
 @pytest.fixture(scope='module')
 def server(served, tmp_path_factory):
     "`vllm serve` on a free port of this machine"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    command = [os.path.join(os.path.dirname(sys.executable), 'vllm'), 'serve', served['hidden'][1], '--served-model-name', 'smol', '--host', '127.0.0.1', '--port', str(port), '--dtype', 'float32',
-               '--max-model-len', '512', '--enforce-eager', '--block-size', '32']
+    command = [os.path.join(os.path.dirname(sys.executable), 'vllm'), 'serve', served['hidden'][1],
+               '--served-model-name', 'smol', '--host', '127.0.0.1', '--port', str(port), '--dtype',
+               'float32', '--max-model-len', '512', '--enforce-eager', '--block-size', '32']
     log = tmp_path_factory.mktemp('server')/'log'
-    with open(log, 'w') as f: process = subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+    with open(log, 'w') as f:
+        process = subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
     try:
         for _ in range(300):
             assert process.poll() is None, log.read_text()[-3000:]
@@ -159,7 +185,8 @@ def server(served, tmp_path_factory):
 
 
 def post(server, path, **body):
-    request = urllib.request.Request(server + path, json.dumps(dict(model='smol', **body)).encode(), {'Content-Type': 'application/json'})
+    request = urllib.request.Request(server + path, json.dumps(dict(model='smol', **body)).encode(),
+                                     {'Content-Type': 'application/json'})
     return json.load(urllib.request.urlopen(request, timeout=300))
 
 
@@ -167,26 +194,34 @@ def test_server_greedy_and_temperatures(reference, served, server, base, prompts
     "The head of this server reads hidden states"
     tokenizer, seen = reference[1], []
     for prompt in prompts:
-        choice = post(server, '/v1/completions', prompt=prompt, temperature=0, max_tokens=24, logprobs=5, return_tokens_as_token_ids=True)['choices'][0]
+        choice = post(server, '/v1/completions', prompt=prompt, temperature=0, max_tokens=24,
+                      logprobs=5, return_tokens_as_token_ids=True)['choices'][0]
         ids = [int(t.removeprefix('token_id:')) for t in choice['logprobs']['tokens']]
-        assert ids == list(base.generate([prompt], vllm.SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)[0].outputs[0].token_ids)
-        found = [{int(t.removeprefix('token_id:')): v for t,v in step.items()} for step in choice['logprobs']['top_logprobs']]
+        assert ids == list(base.generate([prompt], vllm.SamplingParams(temperature=0, max_tokens=24),
+                                         use_tqdm=False)[0].outputs[0].token_ids)
+        found = [{int(t.removeprefix('token_id:')): v for t,v in step.items()}
+                 for step in choice['logprobs']['top_logprobs']]
         seen.append(compare(reference, served['hidden'][0], prompt, ids, found))
     assert torch.cat(seen).std() > .1
 
 
 def test_server_takes_the_min_p_of_the_head_unless_told(reference, served, server, prompts):
     z, T, _ = expected(reference, served['hidden'][0], prompts[1], [0])
-    drawn = lambda **kw: {int(c['logprobs']['tokens'][0].removeprefix('token_id:')) for c in post(server, '/v1/completions', prompt=prompts[1], n=64, max_tokens=1, logprobs=0,
-                                                                                                     return_tokens_as_token_ids=True, **kw)['choices']}
-    inside = lambda ids, temperature, min_p: bool(torch.isfinite(min_p_filter(z[0]/(T[0]*temperature), min_p))[sorted(ids)].all())
+    drawn = lambda **kw: {int(c['logprobs']['tokens'][0].removeprefix('token_id:'))
+                          for c in post(server, '/v1/completions', prompt=prompts[1], n=64,
+                                        max_tokens=1, logprobs=0,
+                                        return_tokens_as_token_ids=True, **kw)['choices']}
+    inside = lambda ids, temperature, min_p: bool(
+        torch.isfinite(min_p_filter(z[0]/(T[0]*temperature), min_p))[sorted(ids)].all())
     default, wide, hot = drawn(), drawn(min_p=1e-9), drawn(temperature=2.)
     assert inside(default, 1, .1) and len(default) > 1
     assert not inside(wide, 1, .1)
     assert inside(hot, 2, .1) and not inside(hot, 1, .1)
-    with pytest.raises(urllib.error.HTTPError, match='400'): drawn(temperature=2.1) # vLLM's own limit: more heat is for serve_dir's scale
+    with pytest.raises(urllib.error.HTTPError, match='400'):
+        drawn(temperature=2.1) # vLLM's own limit: more heat is for serve_dir's scale
 
 
 def test_server_chat(server):
-    out = post(server, '/v1/chat/completions', messages=[dict(role='user', content=PROMPTS[0])], temperature=0, max_tokens=16)
+    out = post(server, '/v1/chat/completions', messages=[dict(role='user', content=PROMPTS[0])],
+               temperature=0, max_tokens=16)
     assert 'Paris' in out['choices'][0]['message']['content']
