@@ -1,5 +1,5 @@
 "The parts of the project agree with each other"
-import ast, re, shutil
+import ast, re, shutil, statistics
 
 import nbformat, pytest, yaml
 from conftest import ROOT, run
@@ -51,6 +51,41 @@ def test_pipeline_notebooks_are_thin_and_without_outputs(path):
     lambdas = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Lambda)]
     long = [x for x in lambdas if len(x) > 180]
     assert not long, f'science in a lambda: {long}'
+
+
+PYTHON = {name: sorted((ROOT/name).glob('*.py')) for name in ('tests', 'benchmarks')}
+SOURCES = {"library pages' code": (LIBRARY, 'code'), "library pages' prose": (LIBRARY, 'markdown'),
+           "stage pages' code": (PIPELINE, 'code'), "stage pages' prose": (PIPELINE, 'markdown'),
+           'tests': (PYTHON['tests'], None), 'benchmarks': (PYTHON['benchmarks'], None)}
+
+
+def places_of_lines(paths, kind):
+    "(file, cell and number; line) of every line with something on it"
+    for p in paths:
+        if kind is None: texts = [('', p.read_text(encoding='utf-8'))]
+        else: texts = [(c.id, c.source) for c in nbformat.read(p, 4).cells if c.cell_type == kind]
+        for cell,text in texts:
+            for n,line in enumerate(text.split('\n'), 1):
+                if line.strip(): yield f'{p.name} {cell} line {n}', line
+
+
+@pytest.mark.parametrize('name', list(SOURCES))
+def test_lines_are_not_too_wide(name):
+    width = {place: len(line) for place,line in places_of_lines(*SOURCES[name])}
+    worst = max(width, key=width.get)
+    assert width[worst] <= 140, f'{name}: {worst} has {width[worst]} characters'
+    p90 = statistics.quantiles(width.values(), n=10, method='inclusive')[-1]
+    assert p90 < 110, f'{name}: the 90th percentile is {p90}; the worst is {worst}, {width[worst]}'
+
+
+@pytest.mark.parametrize('path', [p for p in LIBRARY if p.stem != 'index'], ids=lambda p: p.stem)
+def test_library_pages_say_what_they_are_about_and_what_comes_next(path):
+    title = lambda p: nbformat.read(p, 4).cells[0].source.split('\n')[0]
+    cells = nbformat.read(path, 4).cells
+    assert re.match(r'# .+\n\n> .+', cells[0].source), 'begin with a title and a paragraph that sums up'
+    last = re.search(r'Next: \[(.+)\]\((\w+\.ipynb)\)$', cells[-1].source)
+    assert last, 'end with a link to the next page'
+    assert title(ROOT/'nbs'/last[2]) == f'# {last[1]}', 'the title of the next page has changed'
 
 
 def test_parameters_and_profiles_are_known():
