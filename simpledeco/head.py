@@ -248,8 +248,8 @@ One temperature per token for a frozen language model, by simpledeco (`pip insta
 The head was trained to keep the true next token among the candidates of min-p sampling, except for
 a share of tokens called the risk. {% if r.calibration %}It is calibrated: on texts like those of
 the calibration corpora, all of them together with equal weight for each group, at least 1 - risk
-is kept. Nothing is promised for one corpus alone, or for other text.{% else
-%}It is not calibrated: nothing is promised.{% endif %}
+is kept. Nothing is promised for one corpus alone, or for other text.
+{%- else %}It is not calibrated: nothing is promised.{% endif %}
 
 | | |
 |---|---|
@@ -263,8 +263,8 @@ filtered: with equal weight for each group of texts, with a 95% interval.
 
 | corpus | kept | 95% interval | groups |
 |---|---|---|---|
-{% for name,c in r.coverage.items() %}| {{ name }} | {{ "%.1f%%"|format(100*c.mean) }} | {{
-    "%.1f"|format(100*c.lo) }} to {{ "%.1f%%"|format(100*c.hi) }} | {{ c.groups }} |
+{% for name,c in r.coverage.items() -%}
+| {{ name }} | {{ "%.1f%% | %.1f to %.1f%%"|format(100*c.mean, 100*c.lo, 100*c.hi) }} | {{ c.groups }} |
 {% endfor %}
 {% endif %}
 ## Use
