@@ -7,6 +7,9 @@ export SOURCE_DATE_EPOCH ?= 0
 export FORCE_SOURCE_DATE = 1
 # Python may keep what it compiles, so that setup need not compile all that it installs
 export PYTHONDONTWRITEBYTECODE :=
+# memory that PyTorch gives back is kept for its next tensor: asking the system again is dear (a head trains in half the time on one core)
+export MALLOC_MMAP_MAX_ = 0
+export MALLOC_TRIM_THRESHOLD_ = 17179869184
 
 setup: .venv/ready data tex
 
