@@ -19,7 +19,8 @@ from simpledeco.evaluate import cluster_mean
 from simpledeco.loss import required_temperature
 from simpledeco.model import context_length, load_model, read_output
 from simpledeco.study.data import load_examples
-from simpledeco.study.profiles import model_folder, sample_table
+from simpledeco.study.models import model_folder
+from simpledeco.study.profiles import sample_table
 from simpledeco.study.settings import project_root
 from simpledeco.train import fit
 

@@ -104,7 +104,8 @@ STAGES = [
     Stage('ladder', (MODEL, ANSWERS, 'data/tasks.jsonl'), tables=('ladder', 'ladder_rungs'))]
 # the stages of a long profile
 ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}',), ('rungs', 'rungs_samples'))] # hours on a CPU
-LONG = ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks')
+LONG = ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks',
+        'rungs')
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-modules
 def modules(
