@@ -148,6 +148,7 @@ def masked(tree)->Tree: # the same places; in their logits what leads out of the
     return replace(tree, logits=tree.logits.masked_fill(~keep, -torch.inf))
 
 # %% ../../nbs/51_ladder.ipynb #placed
+@torch.inference_mode()
 def under_rule(
     tree:Tree,
     rule, # Step -> logits to draw from

@@ -25,6 +25,7 @@ from ..sample import constant, head_rule
 from .autodeco import autodeco_rule, fit_autodeco
 from .decoders import at, Decoder, entropy_of, free_temperature, table_of
 from .rivals import dynamic_temperature, edt, p_less, top_h, top_n_sigma
+from ..train import fit
 
 # %% ../../nbs/52_rungs.ipynb #asked
 @dataclass
@@ -145,7 +146,6 @@ def fit_rungs(
 
 # %% ../../nbs/52_rungs.ipynb #fit-only
 def _only(table, examples, select, how):
-    from simpledeco.train import fit
     gap = useful_gap(table, examples)
     loss = lambda tau, table, rows: minimum_sufficient_hinge(tau, gap[rows], min_p=how['min_p'], risk=how['risk'])
     return fit(table, reads='hidden', width=0, loss=loss, select=select, **how)
