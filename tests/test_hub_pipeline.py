@@ -57,7 +57,7 @@ def finished(clone, tmp_path_factory):
     for name in ini['corpora']:
         if (away/name).exists(): ini['corpora'][name] = str(away/name)
     with open(clone/'settings.ini', 'w') as f: ini.write(f)
-    set_params(clone, profiles='[hub]', steps=100, bootstrap=50, width=16,
+    set_params(clone, profiles=['hub'], steps=100, bootstrap=50, width=16,
                train_corpora='deepmath ultrachat tulu')
     run('python', '-m', 'simpledeco.study.data', cwd=clone)
     run('dvc', 'repro', *(f'{s}@hub' for s in ('evaluate', 'controls', 'contract', 'losses',
