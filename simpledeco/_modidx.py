@@ -429,6 +429,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'simpledeco.study.plots._runs_panel': ('plots.html#_runs_panel', 'simpledeco/study/plots.py'),
                                         'simpledeco.study.plots._tradeoff_panel': ( 'plots.html#_tradeoff_panel',
                                                                                     'simpledeco/study/plots.py'),
+                                        'simpledeco.study.plots.in_turn': ('plots.html#in_turn', 'simpledeco/study/plots.py'),
                                         'simpledeco.study.plots.plot_auroc': ('plots.html#plot_auroc', 'simpledeco/study/plots.py'),
                                         'simpledeco.study.plots.plot_contract': ('plots.html#plot_contract', 'simpledeco/study/plots.py'),
                                         'simpledeco.study.plots.plot_cost': ('plots.html#plot_cost', 'simpledeco/study/plots.py'),

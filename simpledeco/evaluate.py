@@ -11,7 +11,6 @@ __all__ = ['token_scores', 'cluster_mean', 'auroc', 'v_curve', 'reliability', 'm
 import math
 
 import torch
-from scipy.stats import mannwhitneyu
 
 from .checks import check_fraction
 from .logits import log_partition
@@ -69,6 +68,7 @@ def auroc(
     positive:torch.Tensor, # [N] bool
 )->float: # in [0, 1]
     "Area under the ROC curve. Raises `ValueError` when a class is empty"
+    from scipy.stats import mannwhitneyu # here, since it takes a second to import
     if positive.all() or not positive.any(): raise ValueError('AUROC needs both right and wrong tokens')
     n = int(positive.sum())*int((~positive).sum())
     return float(mannwhitneyu(score[positive].double().numpy(),

@@ -45,7 +45,7 @@ def _from_gguf(path):
     return model, tokenizer
 
 # %% ../../nbs/41_models.ipynb #ae83098e
-def _tiny_llama(path, tokenizer=None, hidden_size=32, steps=300, block=128):
+def _tiny_llama(path, tokenizer=None, hidden_size=32, steps=300, block=128, sharp=1.5):
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     set_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
@@ -61,16 +61,16 @@ def _tiny_llama(path, tokenizer=None, hidden_size=32, steps=300, block=128):
         i = torch.randint(len(ids) - block, (1,)).item()
         loss = model(ids[None, i:i+block], labels=ids[None, i:i+block]).loss
         optimizer.zero_grad(); loss.backward(); optimizer.step()
-    model.lm_head.weight.data *= 1.5
+    model.lm_head.weight.data *= sharp
     return model, tokenizer
 
 # %% ../../nbs/41_models.ipynb #other-vocabulary
 def _other_tiny(path, size=3000):
-    "A tiny Llama with another vocabulary and wider hidden states"
+    "A tiny Llama with another vocabulary and wider hidden states, as sure of itself as a trained one"
     like = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     texts = [t['content'] for name in CORPORA for x in make_corpus(name)[:50] for t in x['messages']]
     tokenizer = like.train_new_from_iterator(texts, size, show_progress=False)
-    return _tiny_llama(path, tokenizer, hidden_size=48)
+    return _tiny_llama(path, tokenizer, hidden_size=48, sharp=9.)
 
 # %% ../../nbs/41_models.ipynb #6aca8219
 def build_model(
