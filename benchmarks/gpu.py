@@ -273,7 +273,7 @@ def subject(name, o, folder):
                         **(SMALL if o.tiny else SIZES))
     if name == SMOLLM2 and (here/'config.json').exists():
         m.weights, m.mix = 'real', load_params(ROOT)['train_corpora'].split()
-        m.model, m.tokenizer = load_model(here, 'bfloat16', o.device)
+        m.model, m.tokenizer = load_model(here, o.dtype, o.device)
         m.profile.max_examples = m.examples
         m.examples = profile_examples(m.profile)
     else:
@@ -294,7 +294,7 @@ def about(m, o):
     versions = dict(torch_version=torch.__version__, transformers_version=transformers.__version__,
                     commit=o.commit)
     now = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    what = dict(weights=m.weights, dtype='bfloat16', parameters=m.model.num_parameters(),
+    what = dict(weights=m.weights, dtype=str(m.model.dtype).removeprefix('torch.'), parameters=m.model.num_parameters(),
                 vocabulary=m.model.config.vocab_size)
     return card | dict(cores=os.cpu_count(), date=now, tiny=o.tiny) | versions | what
 
@@ -361,7 +361,7 @@ def options(args=None):
     if o.device != 'cpu' and not torch.cuda.is_available():
         parser.error(f'--device {o.device}: PyTorch finds no GPU here; try '
                      'the script with --device cpu --tiny')
-    o.commit = o.commit or commit()
+    o.commit, o.dtype = o.commit or commit(), 'float32' if o.device == 'cpu' else 'bfloat16' # which a CPU imitates
     return o
 
 

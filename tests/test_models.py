@@ -25,6 +25,7 @@ SIZES = (dict.fromkeys(('hidden_size', 'd_model', 'n_embd', 'dim', 'embedding_si
          | dict.fromkeys(('max_position_embeddings', 'n_positions', 'max_seq_len'), 128)
          | dict.fromkeys(('num_experts', 'num_local_experts', 'n_routed_experts'), 4)
          | dict.fromkeys(('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'head_dim'), 16)
+         | dict.fromkeys(('mamba_chunk_size', 'chunk_size'), 16)
          | dict(vocab_size=V, decoder_layers=2, encoder_layers=2, num_key_value_heads=2, num_experts_per_tok=2, n_group=1,
                 topk_group=1, pad_token_id=0, bos_token_id=1, eos_token_id=2))
 EXTRA = dict(minicpm3=dict(dim_model_base=16), opt=dict(word_embed_proj_dim=32), codegen=dict(rotary_dim=16),

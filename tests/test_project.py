@@ -8,7 +8,9 @@ from simpledeco.study.corpora import CORPORA
 from simpledeco.study.paper import numbers_tex, readme, used_numbers
 from simpledeco.study.pipeline import check_pipeline, import_graph, parameters, reached
 from simpledeco.study.results import all_numbers, check_stamp
+from simpledeco.study.rungs import asks
 from simpledeco.study.settings import check_params, load_params, load_profile
+from simpledeco.study.texts import test_prompts as prompts_of
 
 STAGES = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
 PIPELINE = sorted((ROOT/'nbs/pipeline').glob('*.ipynb'))
@@ -49,7 +51,7 @@ def test_pipeline_notebooks_are_thin_and_without_outputs(path):
     made = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     assert not made, 'pipeline notebooks define nothing'
     lambdas = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Lambda)]
-    long = [x for x in lambdas if len(x) > 180]
+    long = [x for x in lambdas if len(x) > 90]
     assert not long, f'science in a lambda: {long}'
 
 
@@ -164,3 +166,11 @@ def test_clean_clone_is_up_to_date(clone):
     "With the models and tokens missing, DVC still knows that nothing has changed"
     done = run('dvc', 'repro', '--allow-missing', '--dry', cwd=clone)
     assert 'Data and pipelines are up to date' in done.stdout + done.stderr, done.stdout
+
+
+def test_the_switch_of_the_paper_is_right_about_every_prompt_of_its_test():
+    p = load_profile('full', ROOT)
+    questions, opens = prompts_of(p, 'test', p.primary.split())
+    ends = lambda prompts: [asks(x['messages'][-1]['content']) for x in prompts]
+    assert len(opens) == 100 and not any(ends(opens))
+    assert sum(map(len, questions.values())) == 161 and all(all(ends(x)) for x in questions.values())
