@@ -7,6 +7,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.hookimpl(tryfirst=True) # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """What takes longest first, so that two processes end together; the tests of a file share a process,
     and so what is made for all of them, but pages share nothing"""

@@ -246,7 +246,7 @@ def plot_decomposition(
                             label=method)
             ax.axhline(0, color='.6', ls=':'); ax.set_ylabel(label)
         axes[1].set(xticks=range(len(corpora)), xticklabels=corpora)
-        fig.legend(*axes[0].get_legend_handles_labels(), ncol=5, loc='outside upper center')
+        fig.legend(*axes[0].get_legend_handles_labels(), ncol=4, loc='outside upper center')
     plt.close(fig)
     return fig
 
