@@ -37,7 +37,7 @@ paper: setup
 
 # two processes with a thread each, which on two cores is faster than one with two
 test: setup model
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # the profile [hub] through every stage, with a tiny model and folders in place of the hub
 .PHONY: test-hub

@@ -7,13 +7,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.hookimpl(tryfirst=True) # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """What takes longest first, so that two processes end together; the tests of a file share a process,
-    and so what is made for all of them, but pages share nothing"""
+    "What takes longest first, so that two processes end together"
     order = ('test_pipeline', 'test_notebooks')
     items.sort(key=lambda x: order.index(x.path.stem) if x.path.stem in order else len(order))
-    for x in items: x.add_marker(pytest.mark.xdist_group(x.name if x.path.stem == 'test_notebooks' else x.path.stem))
 
 
 def run(*command, cwd, check=True, **kw):

@@ -4,7 +4,7 @@ import re
 import pytest
 from conftest import ROOT, run
 
-PARTS = ('tutorial', '0|1', '2|3', '4|5', 'guide|index') # how the names of pages begin; a process takes a part at a time
+PARTS = ('tutorial', '0|1', '2|3', '4|5', 'guide|index') # how the names of pages begin
 
 
 @pytest.mark.parametrize('part', PARTS)
