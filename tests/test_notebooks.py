@@ -9,7 +9,7 @@ PARTS = ('tutorial', '0|1', '2|3', '4|5', 'guide|index') # how the names of page
 
 @pytest.mark.parametrize('part', PARTS)
 def test_library_notebooks_run(part):
-    run('nbdev-test', 'nbs', '--file_re', f'^({part})', '--n-workers', '1', cwd=ROOT)
+    run('nbdev-test', 'nbs', '--file-re', f'^({part})', '--n-workers', '1', cwd=ROOT)
 
 
 def test_every_page_is_in_one_part():
