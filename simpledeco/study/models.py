@@ -70,7 +70,7 @@ def _other_tiny(path, size=3000):
     like = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     texts = [t['content'] for name in CORPORA for x in make_corpus(name)[:50] for t in x['messages']]
     tokenizer = like.train_new_from_iterator(texts, size, show_progress=False)
-    return _tiny_llama(path, tokenizer, hidden_size=48, sharp=15.)
+    return _tiny_llama(path, tokenizer, hidden_size=48, steps=1000, sharp=15.)
 
 # %% ../../nbs/41_models.ipynb #6aca8219
 def build_model(
