@@ -44,12 +44,12 @@ test: setup model
 test-hub: setup
 	SIMPLEDECO_HUB=1 python -m pytest tests/test_hub_pipeline.py
 
-# the profile [full]: as many prompts as there are, three seeds. Its pipeline lies beside its results, in results/full, and goes on where an earlier run stopped; what it
-# finds is committed with the commit that made it
-.PHONY: full
-full: setup
-	dvc repro results/full/dvc.yaml
-	python -m simpledeco.study.pipeline stamp full
+# the long profiles: [full], as many prompts as there are and three seeds; [full-gpu], the ladder of controls. The pipeline of each lies beside its results, in
+# results/<profile>, and goes on where an earlier run stopped; what it finds is committed with the commit that made it
+.PHONY: full full-gpu
+full full-gpu: setup
+	dvc repro results/$@/dvc.yaml
+	python -m simpledeco.study.pipeline stamp $@
 
 # dvc.yaml is made from the code: which modules a stage uses is read, not typed
 .PHONY: pipeline

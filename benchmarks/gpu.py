@@ -239,9 +239,9 @@ def frontier(m):
     (questions, opens), who, answers = test_prompts(p, 'test', primary), left_out(p), {}
     names, start = (*FRONTIER, 'EDT', 'judged, left out'), clock(m.device)
     for corpus in (*primary, p.open):
-        c = Texts(params['min_p'], params['answer_risk'], params['scale'], who[corpus], heads)
         asked, length = ((opens, p.open_test_tokens)
                          if corpus == p.open else (questions[corpus], p.answer_tokens))
+        c = Texts(params['min_p'], params['answer_risk'], params['scale'], asked, who[corpus], heads)
         rules = {d: DECODERS[d].live(c) for d in names}
         collect(answers, corpus, asked, rules, m.model, m.tokenizer, p.samples, length)
     seconds, tokens = clock(m.device) - start, sum(map(tokens_in, answers.values()))
@@ -251,7 +251,7 @@ def frontier(m):
     speed = dict(sampled_tokens=tokens, sampled_tokens_per_second=tokens/seconds)
     setting = dict(scale=params['scale'], risk=params['answer_risk'])
     return (costs | sizes | speed | setting
-            | dict(decoders=placed(Points(right, varieties, FRONTIER), names, primary)))
+            | dict(decoders=placed(Points(right, varieties, FRONTIER, questions, opens), names, primary)))
 
 
 def tokens_in(answers):

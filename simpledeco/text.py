@@ -66,36 +66,46 @@ def self_bleu(
                           for i,t in enumerate(texts)]))/100
 
 # %% ../nbs/31_text.ipynb #11651aea
-def _draws(n, bootstrap, seed): return np.random.default_rng(seed).integers(0, n, (bootstrap, n))
+def _means(x, groups, bootstrap, seed): # [M, P] -> [bootstrap, M]
+    "Means over the prompts of resampled groups"
+    x = np.atleast_2d(x)
+    place = np.unique(np.arange(x.shape[1]) if groups is None else groups, return_inverse=True)[1]
+    if len(place) != x.shape[1]: raise ValueError(f'{x.shape[1]} prompts have {len(place)} groups')
+    size, total = np.bincount(place), np.stack([np.bincount(place, row) for row in x], 1)
+    drawn = np.random.default_rng(seed).integers(0, len(size), (bootstrap, len(size)))
+    return total[drawn].sum(1)/size[drawn].sum(1, keepdims=True)
+
+def _between(values): return dict(zip(('lo', 'hi'), np.quantile(values, [.025, .975]).tolist()))
 
 # %% ../nbs/31_text.ipynb #6e3c1f8e
 def paired_difference(
     a, # [P] a measure for each prompt
     b=0., # [P] the same prompts under another method; 0: a alone
-    bootstrap:int=1000, # resamples of prompts
+    bootstrap:int=1000, # resamples of groups
     seed:int=0,
+    groups=None, # [P] the group of each prompt; None: each is its own
 )->dict: # mean, lo and hi of a 95% interval, n
-    "Mean of a - b with a percentile interval that resamples prompts"
+    "Mean of a - b with a percentile interval that resamples groups of prompts"
     d = np.asarray(a, float) - np.asarray(b, float)
     if not d.size: raise ValueError('there are no prompts to compare')
-    lo, hi = np.quantile(d[_draws(len(d), bootstrap, seed)].mean(1), [.025, .975])
-    return dict(mean=float(d.mean()), lo=float(lo), hi=float(hi), n=len(d))
+    return dict(mean=float(d.mean()), n=len(d)) | _between(_means(d, groups, bootstrap, seed))
 
 # %% ../nbs/31_text.ipynb #7aa33ef7
 def frontier_excess(
     static:list, # (accuracy [P], diversity [Q]) of each constant
     method:tuple, # (accuracy [P], diversity [Q]), the same prompts
-    bootstrap:int=1000, # resamples of questions and of open prompts
+    bootstrap:int=1000, # resamples of groups of questions and of open prompts
     seed:int=0,
+    groups:tuple=(None, None), # the group of each question [P] and of each open prompt [Q]
+    rival:tuple=None, # (accuracy [P], diversity [Q]): how much further above the frontier than this one
 )->dict: # mean, lo and hi of a 95% interval
     "Accuracy of a method less that of the frontier of constants at the same diversity"
-    accuracy, diversity = (np.stack([np.asarray(x[i], float) for x in [method, *static]])
-                           for i in (0, 1))
+    shown = [*static, method, *([rival] if rival else [])]
+    accuracy, diversity = (np.stack([np.asarray(x[i], float) for x in shown]) for i in (0, 1))
     def excess(a, d):
-        order = np.argsort(d[1:])
-        return a[0] - np.interp(d[0], d[1:][order], a[1:][order])
-    pairs = zip(_draws(accuracy.shape[1], bootstrap, seed),
-                _draws(diversity.shape[1], bootstrap, seed + 1))
-    lo, hi = np.quantile([excess(accuracy[:, i].mean(1), diversity[:, j].mean(1)) for i,j in pairs],
-                         [.025, .975])
-    return dict(mean=float(excess(accuracy.mean(1), diversity.mean(1))), lo=float(lo), hi=float(hi))
+        order = np.argsort(d[:len(static)])
+        above = a - np.interp(d, d[:len(static)][order], a[:len(static)][order])
+        return above[len(static)] - (above[-1] if rival else 0)
+    drawn = (_means(x, g, bootstrap, seed + i) for i,(x,g) in enumerate(zip((accuracy, diversity), groups)))
+    return (dict(mean=float(excess(accuracy.mean(1), diversity.mean(1))))
+            | _between([excess(a, d) for a,d in zip(*drawn)]))

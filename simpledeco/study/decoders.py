@@ -7,7 +7,7 @@ which it stands in every table, figure and list that can show it."""
 # %% auto #0
 __all__ = ['FAMILIES', 'STAGES', 'every', 'STATIC', 'RULES', 'CONTROLS', 'text', 'JUDGED', 'REFERENCE', 'DECODERS', 'Decoder',
            'Tokens', 'Texts', 'at', 'entropy_of', 'Pool', 'temperature_pool', 'static', 'nucleus', 'free_temperature',
-           'says', 'drawn', 'table_of', 'shown', 'marks']
+           'asks', 'question_mark', 'says', 'drawn', 'at_first', 'table_of', 'shown', 'marks']
 
 # %% ../../nbs/12_decoders.ipynb #decoders-imports
 from collections.abc import Callable
@@ -70,6 +70,7 @@ class Texts:
     min_p:float # the threshold of min-p sampling
     risk:float # the share of tokens at which one accepts to cut something right
     scale:float = 1. # multiplies the temperatures of our heads
+    prompts:list|tuple = () # dicts with messages, in the order in which they are asked
     without:str = '' # the training mix that leaves the family out
     judged:dict = field(default_factory=dict) # {name: TemperatureHead}
     autodeco:dict = field(default_factory=dict) # {name: AutoDeco}
@@ -152,6 +153,14 @@ def free_temperature(step, min_p, risk):
     return self_quantile_temperature(z.topk(128).values, min_p=min_p, risk=risk,
                                      log_z=z.logsumexp(-1) - z.amax(-1))
 
+# %% ../../nbs/12_decoders.ipynb #decoders-switch
+def asks(text): return text.rstrip().endswith('?')
+
+def question_mark(c, warm):
+    "Greedy where the prompt asks, elsewhere a temperature"
+    T = torch.tensor([0. if asks(x['messages'][-1]['content']) else warm for x in c.prompts])
+    return at(lambda step: T.to(step.logits.device)[step.asked], c.min_p)
+
 # %% ../../nbs/12_decoders.ipynb #decoders-rule-rows
 RULES = [
     Decoder('EDT', 'rule', 'the temperature falls where the entropy is small', 'D', 'edt',
@@ -168,7 +177,11 @@ RULES = [
             grid=GRIDS['scale'],
             tokens=lambda c: c.min_p_at(self_quantile_temperature(c.top(), min_p=c.min_p,
                                                                   risk=c.risk, log_z=c.log_z())),
-            live=lambda c: at(lambda step: free_temperature(step, c.min_p, c.risk), c.min_p))]
+            live=lambda c: at(lambda step: free_temperature(step, c.min_p, c.risk), c.min_p)),
+    *(Decoder(f'question mark, T = {t}', 'rule',
+              f'greedy where the prompt ends in a question mark, else T = {t}', mark,
+              shows=('frontier',), live=lambda c, t=t: question_mark(c, t))
+      for t,mark in ((1, '2'), (1.5, '3')))]
 
 # %% ../../nbs/12_decoders.ipynb #decoders-learned
 def says(c, name):
@@ -179,6 +192,11 @@ def says(c, name):
 def drawn(c):
     "The head's temperatures, each at a random token of similar entropy"
     return at(lambda step: c.pool.draw(entropy_of(step)), c.min_p)
+
+def at_first(head, scale, min_p):
+    "The head's temperature at the first token, for the whole answer"
+    return at(lambda step: scale*head.temperature(head.live_inputs(step.first_hidden,
+                                                                   step.first_logits)), min_p)
 
 # %% ../../nbs/12_decoders.ipynb #decoders-control-rows
 CONTROLS = [
@@ -191,6 +209,12 @@ CONTROLS = [
     Decoder('judged, left out: shuffled within', 'control',
             "the head's temperatures at random tokens of similar entropy", '+', shows=('frontier',),
             live=drawn),
+    Decoder('judged, left out: first token', 'control',
+            'what the head says at the first token, for the whole answer', '>', shows=('frontier',),
+            live=lambda c: at_first(c.judged[c.without], c.scale, c.min_p)),
+    Decoder('judged, R = 0 on questions', 'control',
+            'the head of answers of which every one to a question counts as wrong', 'X',
+            shows=('frontier',), live=lambda c: c.head(f'{c.without}-none-right')),
     Decoder('ours: MeanShift', 'control', "the head's mean temperature, everywhere", 'x',
             'bettermean', ('evaluate',), tokens=lambda c: c.min_p_at(mean_shift(c.head('mix')))),
     Decoder('ours: shuffled', 'control', "the head's temperatures at random tokens", '+',
@@ -213,7 +237,9 @@ JUDGED = [
     Decoder('judged, left out', 'ours', 'judged answers, the tested family left out', 'o',
             shows=text, live=lambda c: c.head(c.without)),
     Decoder('judged, shape beside', 'ours', 'the same, reading the shape of the distribution too',
-            '*', shows=text, live=lambda c: c.head(f'{c.without}-shape-beside'))]
+            '*', shows=text, live=lambda c: c.head(f'{c.without}-shape-beside')),
+    Decoder('judged, by prompt', 'ours', 'the same, one temperature for each prompt', 'h',
+            shows=text, live=lambda c: c.head(f'{c.without}-by-prompt'))]
 
 # %% ../../nbs/12_decoders.ipynb #decoders-reference-rows
 REFERENCE = [

@@ -102,10 +102,10 @@ STAGES = [
           ('tasks/{p}',)),
     Stage('lethality', (TOKENS,), tables=('lethality',)),
     Stage('ladder', (MODEL, ANSWERS, 'data/tasks.jsonl'), tables=('ladder', 'ladder_rungs'))]
-# the stages of a long profile
-ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}',), ('rungs', 'rungs_samples'))] # hours on a CPU
-LONG = ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks',
-        'rungs')
+ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}',), ('rungs', 'rungs_samples'))]
+# the long profiles and their stages
+LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks'),
+        'full-gpu': ('model', 'rungs')}
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-modules
 def modules(
@@ -183,7 +183,7 @@ def long_yaml(root:Path, profile:str)->str: # the content of results/<profile>/d
     "The pipeline of a long profile, which lies beside its results and is not part of `dvc repro`"
     graph = import_graph(root)
     return _dump(dict(stages={s.name: dict(wdir='../..') | describe(s, profile, root, graph)
-                              for s in STAGES + ONLY_LONG if s.name in LONG}))
+                              for s in STAGES + ONLY_LONG if s.name in LONG[profile]}))
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-dump
 def _dump(tree):
@@ -191,7 +191,7 @@ def _dump(tree):
             + yaml.safe_dump(tree, sort_keys=False, width=140))
 
 def _files(root):
-    return {root/'dvc.yaml': dvc_yaml(root), root/'results/full/dvc.yaml': long_yaml(root, 'full')}
+    return {root/'dvc.yaml': dvc_yaml(root)} | {root/f'results/{p}/dvc.yaml': long_yaml(root, p) for p in LONG}
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-check
 def check_pipeline(root:Path):

@@ -98,7 +98,7 @@ def read_answers(p): # (examples, their scan)
 def word_problems(p:SimpleNamespace)->list: # prompts, judged by the last number
     "Some packaged word problems of the test split as questions"
     found = [x for x in profile_examples(p) if x['corpus'] == 'maths' and x['split'] == 'test']
-    ask = lambda x: dict(corpus='maths', messages=x['messages'][:1],
+    ask = lambda x: dict(corpus='maths', group=x['group'], messages=x['messages'][:1],
                          answer=[x['messages'][1]['content'].split('####')[1].strip()], check='number')
     return [ask(x) for x in found[::max(1, len(found)//p.test_prompts)]]
 

@@ -6,9 +6,9 @@ who chooses, what it looks at, and the one number by which each is made stronger
 
 # %% auto #0
 __all__ = ['QUESTION_WORDS', 'WARM', 'HOT', 'TIMES', 'STATIC_RUNGS', 'RULE_RUNGS', 'LEARNED_RUNGS', 'OUR_RUNGS', 'CONTROL_RUNGS',
-           'ORACLE_RUNGS', 'LEARNS', 'EXACT', 'RUNGS', 'Asked', 'asks', 'asks_a_fact', 'fit_probe', 'value_temperature',
-           'two_sided', 'cross_entropy', 'rejudged', 'fit_rungs', 'fit_probes', 'rated', 'mean_temperatures', 'rung',
-           'cut', 'greedy_below', 'running_mean', 'at_first', 'learned_switch', 'given_value']
+           'ORACLE_RUNGS', 'LEARNS', 'EXACT', 'RUNGS', 'Asked', 'asks_a_fact', 'fit_probe', 'value_temperature',
+           'two_sided', 'cross_entropy', 'fit_rungs', 'fit_probes', 'rated', 'mean_temperatures', 'rung', 'cut',
+           'greedy_below', 'running_mean', 'learned_switch', 'given_value']
 
 # %% ../../nbs/52_rungs.ipynb #rungs-imports
 import math
@@ -23,8 +23,9 @@ from ..loss import minimum_sufficient_hinge, required_temperature
 from ..onpolicy import by_corpus, chosen, fit_answers, useful_gap
 from ..sample import constant, head_rule
 from .autodeco import autodeco_rule, fit_autodeco
-from .decoders import at, Decoder, entropy_of, free_temperature, table_of
+from .decoders import asks, at, at_first, Decoder, entropy_of, free_temperature, table_of
 from .rivals import dynamic_temperature, edt, p_less, top_h, top_n_sigma
+from .texts import rejudged
 from ..train import fit
 
 # %% ../../nbs/52_rungs.ipynb #asked
@@ -51,8 +52,6 @@ class Asked:
 # %% ../../nbs/52_rungs.ipynb #switches
 QUESTION_WORDS = ('what', 'which', 'who', 'whom', 'whose', 'when', 'where', 'why', 'how',
                   'in', 'on', 'is', 'are', 'was', 'were', 'do', 'does', 'did')
-
-def asks(text): return text.rstrip().endswith('?')
 
 def asks_a_fact(text): return text.split()[0].lower().strip(',.!') in QUESTION_WORDS
 
@@ -116,10 +115,6 @@ def cross_entropy(table, examples): # a loss for `fit`
     return loss
 
 # %% ../../nbs/52_rungs.ipynb #fit
-def rejudged(examples, right): # examples with another verdict; right(x, i) -> bool
-    return [dict(x, right=bool(right(x, i))) for i,x in enumerate(examples)]
-
-
 def fit_rungs(
     table, # pre-scan of `examples`
     examples:list, # as from `on_policy`
@@ -208,9 +203,6 @@ def running_mean(head, s, min_p): # a rule: the mean of the head's temperatures 
         mean = torch.tensor([total[i]/count[i] for i in step.rows.tolist()], device=step.logits.device)
         return tempered(step.logits, s*mean, min_p=min_p)
     return rule
-
-def at_first(head, s, min_p): # a rule: the head's temperature at the first token, for the whole answer
-    return at(lambda step: s*head.temperature(head.live_inputs(step.first_hidden, step.first_logits)), min_p)
 
 # %% ../../nbs/52_rungs.ipynb #rows
 STATIC_RUNGS = [
