@@ -44,10 +44,10 @@ test: setup model
 test-hub: setup
 	SIMPLEDECO_HUB=1 python -m pytest tests/test_hub_pipeline.py
 
-# the long profiles: [full], as many prompts as there are and three seeds; [full-gpu], the ladder of controls. The pipeline of each lies beside its results, in
-# results/<profile>, and goes on where an earlier run stopped; what it finds is committed with the commit that made it
-.PHONY: full full-gpu
-full full-gpu: setup
+# the long profiles: [full], as many prompts as there are and three seeds; [rungs], the ladder of controls, on a CPU or on a GPU. The pipeline of each lies beside its
+# results, in results/<profile>, and goes on where an earlier run stopped; what it finds is committed with the commit that made it
+.PHONY: full rungs rungs-gpu
+full rungs rungs-gpu: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
@@ -60,6 +60,11 @@ pipeline: .venv/ready
 .PHONY: model
 model: data
 	python -m simpledeco.study.models smoke embedded
+
+# a rule of your own beside the constants: make compare DECODER=my_rules:sure_is_cold
+.PHONY: compare
+compare: model
+	python -m simpledeco.study.compare $(if $(DECODER),$(DECODER),$(error make compare wants a rule: DECODER=module:function))
 
 lab: setup
 	jupyter lab nbs

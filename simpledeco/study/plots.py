@@ -115,7 +115,7 @@ def plot_losses(
     curves:pd.DataFrame, # columns loss, T, value, slope
     needed:float, # T* of the token
 ):
-    "Three losses and their slopes, on one token"
+    "Losses and their slopes, on one token"
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(6.3, 2.2), constrained_layout=True)
         for ls,(name,rows) in in_turn(LINES, curves.groupby('loss', sort=False)):
@@ -282,6 +282,7 @@ def _lethality_panel(ax, rows, title):
 # %% ../../nbs/17_plots.ipynb #649ccd37
 def plot_frontier(
     table:pd.DataFrame, # columns method, kind ('static min-p', 'static top-p', 'adaptive'), accuracy, lo, hi, diversity
+    yours:str='', # a method that is no row of the table of decoders
 ):
     "Accuracy on questions against variety on open prompts"
     with plt.rc_context(STYLE):
@@ -291,9 +292,11 @@ def plot_frontier(
                    label=f"greedy ({rows.diversity['greedy']:.2f})")
         for kind,ls in (('static min-p', '.-'), ('static top-p', '.:')):
             _frontier_line(ax, warm[warm.kind == kind].sort_values('diversity'), kind, ls)
-        for name,mark in marks(rows.index[rows.kind == 'adaptive']).items():
-            r, ours = rows.loc[name], DECODERS[name].family == 'ours'
-            bar = [[r.accuracy - r.lo], [r.hi - r.accuracy]] if name == 'judged, left out' else None
+        known = rows.index[(rows.kind == 'adaptive') & (rows.index != yours)]
+        for name,mark in (marks(known) | ({yours: '*'} if yours else {})).items():
+            r, ours = rows.loc[name], name == yours or DECODERS[name].family == 'ours'
+            barred = name in (yours, 'judged, left out')
+            bar = [[r.accuracy - r.lo], [r.hi - r.accuracy]] if barred else None
             look = dict(color='k', mfc='k', ms=6) if ours else dict(color='.45', mfc='w', ms=5)
             ax.errorbar(r.diversity, r.accuracy, bar, fmt=mark, lw=.7, label=name, **look)
         ax.set(xlabel='variety of answers to open prompts (distinct-2)', ylabel='accuracy on questions',

@@ -7,7 +7,7 @@ that prompts about one country are one prompt."""
 
 # %% auto #0
 __all__ = ['LEARN', 'SETS', 'SHORT', 'LONG', 'BUDGET', 'plan', 'known', 'measured', 'cluster', 'points', 'clustered', 'good_at',
-           'mean_of', 'resamples', 'compared', 'tuned', 'paired', 'exact_sets', 'oracle_ladder']
+           'mean_of', 'resamples', 'compared', 'verdicts', 'tree_of', 'tuned', 'paired', 'exact_sets', 'oracle_ladder']
 
 # %% ../../nbs/53_strengths.ipynb #strengths-imports
 import numpy as np
@@ -146,6 +146,25 @@ def _interval(decoder, rival, name, found):
     reached = float(np.isfinite(rest).mean())
     lo, hi = np.nanquantile(rest, [.025, .975]) if reached > .5 else (np.nan, np.nan)
     return dict(decoder=decoder, rival=rival, at=name, variety=level, good=good, gain=gain, lo=lo, hi=hi, reached=reached)
+
+# %% ../../nbs/53_strengths.ipynb #verdicts
+def verdicts(
+    frame:pd.DataFrame, # as from `points`
+    tasks:dict, # {name: (task of the good, task of the varied)}
+    pairs:list, # (decoder, its rival)
+    at:dict, # {name: (decoder, strength) whose variety it is}
+    **options, # of `compared`
+)->pd.DataFrame: # task, decoder, rival, at, variety, good, gain, lo, hi, reached
+    "Every pair on every task that was asked, at equal variety"
+    asked = {task: rows for task,rows in frame.groupby('task')}
+    return pd.concat([compared(asked[g], asked[v], pairs, at, **options).assign(task=name)
+                      for name,(g, v) in tasks.items() if {g, v} <= asked.keys()], ignore_index=True)
+
+
+def tree_of(frame, *keys): # {key: {key: ... {column: number}}}, without numbers that are not there
+    "The rows of a frame as nested dicts"
+    if not keys: return {k: float(v) for k,v in frame.iloc[0].items() if not isinstance(v, str) and pd.notna(v)}
+    return {k: tree_of(rows.drop(columns=keys[0]), *keys[1:]) for k,rows in frame.groupby(keys[0], sort=False)}
 
 # %% ../../nbs/53_strengths.ipynb #best
 def tuned(

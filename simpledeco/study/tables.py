@@ -7,7 +7,7 @@ model. At the end of this page you know where each of them comes from and how on
 __all__ = ['dot', 'signed', 'named', 'TABLES', 'DETECTORS', 'FIGURES', 'interval', 'header', 'Drawn', 'score_table',
            'contract_table', 'losses_table', 'corpora_table', 'controls_table', 'verdict_table', 'stability_table',
            'comparison_table', 'frontier_table', 'accuracy_table', 'search_table', 'benchmarks_table', 'detect_table',
-           'sentences_table', 'samples_table', 'decoders_table', 'ladder_table', 'Figure', 'detectors',
+           'sentences_table', 'samples_table', 'decoders_table', 'ladder_table', 'rungs_table', 'Figure', 'detectors',
            'adaptive_contract', 'drawn', 'write_all']
 
 # %% ../../nbs/19_tables.ipynb #tables-imports
@@ -236,6 +236,20 @@ def ladder_table(c):
     return table_tex(['', f"distinct valid of {found['n']}", *found['families']], rows,
                      'll' + 'r'*len(found['families']))
 
+# %% ../../nbs/19_tables.ipynb #tables-rungs
+def rungs_table(c, fixed, listed, of, at='T = 1'):
+    "Gains at equal variety by task, and of distinct valid answers: all pairs of a decoder or of a rival"
+    gains, sets = (c.frame(f'rungs_{k}')[lambda x: x[fixed] == of] for k in ('gains', 'sets'))
+    gains = gains[gains['at'] == at]
+    def cell(found):
+        if found.empty or found.gain.isna().any(): return '--'
+        r = found.iloc[0]
+        return interval(dict(mean=r.gain, lo=r.lo, hi=r.hi)) + ('' if r.lo <= 0 <= r.hi else r'\rlap{$^\dagger$}')
+    tasks = list(dict.fromkeys(gains.task))
+    rows = [[named(m), *(cell(gains[(gains[listed] == m) & (gains.task == t)]) for t in tasks), cell(sets[sets[listed] == m])]
+            for m in dict.fromkeys(gains[listed])]
+    return table_tex(['', *tasks, 'distinct valid'], rows, 'l' + 'r'*len(tasks) + 'r')
+
 # %% ../../nbs/19_tables.ipynb #tables-all
 TABLES = {k: (('evaluate',), partial(score_table, measure=k))
           for k in ('kept', 'kept_reachable', 'p_true', 'candidates', 'temperature', 'loss')}
@@ -254,7 +268,9 @@ TABLES |= dict(
     detect=(('onpolicy',), detect_table),
     sentences=(('onpolicy', 'evaluate'), sentences_table),
     samples=(('frontier',), samples_table),
-    decoders=((), decoders_table), ladder=(('ladder',), ladder_table))
+    decoders=((), decoders_table), ladder=(('ladder',), ladder_table),
+    rungs=(('rungs',), partial(rungs_table, fixed='rival', listed='decoder', of='static, min-p')),
+    rungs_token=(('rungs',), partial(rungs_table, fixed='decoder', listed='rival', of='by token')))
 
 DETECTORS = {'entropy': 'D', '1 - p_max': 'v'} # scores that are no decoders
 
