@@ -101,10 +101,13 @@ def _plain(output):
 def readme(
     notebook, # nbs/index.ipynb, executed
 )->str: # Markdown
-    "The front page as Markdown"
+    "The front page as Markdown; of cells tagged `hide-input` the output alone"
     from nbconvert import MarkdownExporter
+    from traitlets.config import Config
+    hide = dict(enabled=True, remove_input_tags={'hide-input'})
+    exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=hide))
     notebook.metadata.language_info = dict(name='python')
-    return re.sub(r'\n{3,}', '\n\n', MarkdownExporter().from_notebook_node(notebook)[0]).strip() + '\n'
+    return re.sub(r'\n{3,}', '\n\n', exporter.from_notebook_node(notebook)[0]).strip() + '\n'
 
 # %% ../../nbs/18_paper.ipynb #a960286e
 if __name__ == '__main__' and '__file__' in globals(): # not in a notebook

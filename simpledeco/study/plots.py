@@ -31,10 +31,11 @@ def in_turn(styles, groups):
 # %% ../../nbs/17_plots.ipynb #2093fd49
 def save(
     fig, # a matplotlib figure
-    path, # a .pdf file
+    path, # a .pdf or .svg file
 ):
     "Write a figure so that the same data give the same bytes"
-    fig.savefig(path, metadata=dict(CreationDate=None))
+    date = dict(pdf='CreationDate', svg='Date')[str(path)[-3:]]
+    with plt.rc_context({'svg.hashsalt': 'simpledeco'}): fig.savefig(path, metadata={date: None})
 
 # %% ../../nbs/17_plots.ipynb #dffc5848
 def plot_v_curve(
