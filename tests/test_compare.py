@@ -1,7 +1,7 @@
 "A reader's own rule, from the command line"
 import sys
 
-import pandas as pd, pytest
+import pandas as pd
 from conftest import ROOT, run
 from pypdf import PdfReader
 
@@ -34,10 +34,7 @@ def test_a_rule_of_ones_own_stands_beside_the_constants(tmp_path):
     assert 'my_rules:warm' in text
 
 
-@pytest.mark.parametrize('name, says', [
-    ('my_rules', 'must name a module and a function'), ('my_rules:cold', "no attribute 'cold'"),
-    ('my_rulse:warm', "No module named 'my_rulse'")])
-def test_a_rule_that_is_not_there_is_named(tmp_path, name, says):
+def test_a_rule_that_is_not_there_is_named(tmp_path):
     (tmp_path/'my_rules.py').write_text(RULE)
-    done = compare(name, cwd=ROOT, folder=tmp_path)
-    assert done.returncode == 1 and says in done.stderr and 'Traceback' not in done.stderr
+    done = compare('my_rules:cold', cwd=ROOT, folder=tmp_path)
+    assert done.returncode == 1 and "no attribute 'cold'" in done.stderr and 'Traceback' not in done.stderr

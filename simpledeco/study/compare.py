@@ -82,5 +82,5 @@ if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     folder.mkdir(parents=True, exist_ok=True)
     found.to_csv(folder/f'{name}.csv', index=False, float_format='%.5g')
     save(plot_frontier(found, yours=args.decoder), folder/f'{name}.pdf')
-    print(found.round(3).fillna('').to_string(index=False))
+    print(found.round(3).to_string(index=False, na_rep=''))
     print(f'written to build/compare/{name}.csv and .pdf')
