@@ -44,7 +44,7 @@ test: setup model
 test-hub: setup
 	SIMPLEDECO_HUB=1 python -m pytest tests/test_hub_pipeline.py
 
-# the long profiles: [full], as many prompts as there are and three seeds; [rungs], the ladder of controls, on a CPU or on a GPU. The pipeline of each lies beside its
+# the long profiles: [full], as many prompts as there are; [rungs], the ladder of controls, on a CPU or on a GPU. The pipeline of each lies beside its
 # results, in results/<profile>, and goes on where an earlier run stopped; what it finds is committed with the commit that made it
 .PHONY: full rungs rungs-gpu
 full rungs rungs-gpu: setup

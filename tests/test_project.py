@@ -95,7 +95,7 @@ def test_parameters_and_profiles_are_known():
     read = {x for path in PIPELINE for x in parameters(path)} - {'profile'}
     watched = {x for s in STAGES.values() for x in s.get('do', s).get('params', [])}
     assert read <= watched and watched == set(params) - {'profiles'}
-    for name in ('embedded', 'full', 'smoke', 'smoke-other', 'hub'): load_profile(name, ROOT)
+    for name in ('embedded', 'full', 'rungs', 'rungs-gpu', 'smoke', 'smoke-other', 'hub'): load_profile(name, ROOT)
 
 
 def test_every_stage_watches_the_modules_that_it_uses(): check_pipeline(ROOT)

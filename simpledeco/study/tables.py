@@ -253,7 +253,9 @@ def rungs_table(c, fixed, listed, of, at='T = 1'):
 # %% ../../nbs/19_tables.ipynb #tables-front
 FRONT = {'T = 1': 'a constant, T = 1', 'AutoDeco': 'AutoDeco', 'judged, left out': '**a head, by token**',
          'judged, left out: first token': 'its first temperature, kept for the answer',
-         'judged, by prompt': '**a head, by prompt**', 'question mark, T = 1': 'greedy after a question mark, else T = 1',
+         'judged, by prompt': '**a head, by prompt**',
+         'judged, R = 0 on questions': 'a head for which no answer to a question was right',
+         'question mark, T = 1': 'greedy after a question mark, else T = 1',
          'question mark, T = 1.5': 'greedy after a question mark, else T = 1.5'}
 
 def front_table(c)->str: # Markdown
