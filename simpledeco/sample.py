@@ -126,7 +126,6 @@ class _InPlace:
         self.longest = longest
         self.length = torch.zeros(0, dtype=torch.long, device=model.device)
         self.past = Cache(layers=[_Layer(self) for _ in DynamicCache(config=model.config).layers])
-    def room(self): return self.rows - len(self.length)
     def inputs(self):
         self.width = int(self.length.max()) + 1
         mask = torch.arange(self.width, device=self.length.device) <= self.length[:, None]
@@ -137,46 +136,55 @@ class _InPlace:
 @patch
 @record_function('sample: cache')
 def add(self:_InPlace, prompt, k):
-    "k texts that answer a prompt"
+    "k rows that go on from a prompt"
     live, length = len(self.length), prompt.get_seq_length()
+    self.reserve(live + k, prompt)
     for layer,source in zip(self.past.layers, prompt.layers):
-        for name in ('keys', 'values'):
-            x = getattr(source, name)
-            if getattr(layer, name) is None:
-                setattr(layer, name, x.new_zeros(self.rows, x.shape[1], self.longest, x.shape[3]))
-            getattr(layer, name)[live:live+k, :, :length] = x
+        layer.keys[live:live+k, :, :length], layer.values[live:live+k, :, :length] = source.keys, source.values
     self.length = torch.cat([self.length, self.length.new_full((k,), length)])
 
-# %% ../nbs/29_sample.ipynb #in-place-drop
+# %% ../nbs/29_sample.ipynb #in-place-reserve
+@patch
+def reserve(self:_InPlace, rows, like=None):
+    "Memory for so many rows, like those of a prompt or of the rows there are; what there is stays where it is"
+    for layer,source in zip(self.past.layers, (like or self.past).layers):
+        for name in ('keys', 'values'):
+            x, there = getattr(source, name), getattr(layer, name)
+            have = 0 if there is None else len(there)
+            if rows <= have: continue
+            more = x.new_zeros(max(rows, have*5//4) - have, x.shape[1], self.longest, x.shape[3])
+            setattr(layer, name, more if there is None else torch.cat([there, more]))
+
+# %% ../nbs/29_sample.ipynb #in-place-go-on
 @patch
 @record_function('sample: cache')
-def drop(self:_InPlace, alive):
-    """Keep the texts that are alive [R]; the last ones move into the gaps. Where each row of the
-    result was"""
-    n = int(alive.sum())
-    gaps, last = (~alive[:n]).nonzero()[:, 0], alive[n:].nonzero()[:, 0] + n
-    for layer in self.past.layers if len(gaps) else ():
-        for x in (layer.keys, layer.values): x[gaps.to(x.device)] = x[last.to(x.device)]
-    where = torch.arange(n, device=alive.device)
-    where[gaps] = last
-    self.length = self.length[where]
-    return where
+def go_on(self:_InPlace, parent):
+    """Rows that each go on from one that there is: `parent` [R], in rising order. The first to go on
+    from a row stays in it where it can. Which of them stands in each row of the result"""
+    n, number = len(parent), torch.arange(len(parent), device=parent.device)
+    stays = (parent < n) & (torch.cat([parent.new_full((1,), -1), parent[:-1]])[:n] != parent)
+    here = torch.full_like(parent, -1)
+    here[parent[stays]] = number[stays]
+    free, moves = (here < 0).nonzero()[:, 0], number[~stays]
+    here[free] = moves
+    self.reserve(n)
+    for layer in self.past.layers if len(free) else ():
+        for x in (layer.keys, layer.values): x[free.to(x.device)] = x[parent[moves].to(x.device)]
+    self.length = self.length[parent[here]]
+    return here
 
 # %% ../nbs/29_sample.ipynb #together-cache
 class _Together:
     "The cache of texts that answer one prompt"
-    def __init__(self, model, rows, longest): self.rows, self.live, self.device = rows, 0, model.device
-    def room(self): return 0 if self.live else self.rows
+    def __init__(self, model, rows, longest): self.rows, self.device = rows, model.device
     def inputs(self): return {}
     def grow(self): pass
     def add(self, prompt, k):
-        self.past, self.live = copy.deepcopy(prompt), k
+        self.past = copy.deepcopy(prompt)
         self.past.reorder_cache(torch.zeros(k, dtype=torch.long, device=self.device))
-    def drop(self, alive):
-        where = alive.nonzero()[:, 0]
-        self.live = len(where)
-        if self.live: self.past.reorder_cache(where)
-        return where
+    def go_on(self, parent):
+        if len(parent): self.past.reorder_cache(parent)
+        return torch.arange(len(parent), device=self.device)
 
 # %% ../nbs/29_sample.ipynb #which-cache
 def _cache(model, rows, longest):
@@ -198,10 +206,9 @@ def _past_name(model):
                      'and `sample` needs one: use `model.generate`')
 
 # %% ../nbs/29_sample.ipynb #5f49f9f1
-def _step(model, ids, past, order=slice(None), **inputs):
-    """What the output embedding reads at the last position, and the logits, with the rows in
-    another order"""
-    return read_output(model, lambda hidden: hidden[:, -1][order], input_ids=ids, use_cache=True,
+def _step(model, ids, past, **inputs):
+    "What the output embedding reads at the last position, and the logits"
+    return read_output(model, lambda hidden: hidden[:, -1], input_ids=ids, use_cache=True,
                        **{_past_name(model): past}, **inputs)[:2]
 
 # %% ../nbs/29_sample.ipynb #223802ae
@@ -224,23 +231,30 @@ class _Writer:
         self.nll, self.states = torch.zeros(len(self.out), device=device), [{} for _ in rules]
         self.block = BLOCK if model.device.type == 'cpu' else rows # a processor's cache holds the logits of a few rows
         self.cache = _cache(model, rows, max(map(len, encoded)) + max_new_tokens)
-        # of each row
-        self.text, self.token, self.place = torch.zeros(3, 0, dtype=torch.long, device=device)
+        self.together = isinstance(self.cache, _Together)
+        # of each text that is being written, and of each row
+        self.text, self.place, self.row = torch.zeros(3, 0, dtype=torch.long, device=device)
+        self.token = torch.zeros(0, dtype=torch.long, device=device)
         self.first = None
 
 # %% ../nbs/29_sample.ipynb #writer-pick
 @patch
 @record_function('sample: vocabulary')
-def pick(self:_Writer, hidden, logits, text, place):
+def pick(self:_Writer, hidden, logits, text, place, row):
     "The next token of texts that are sorted by rule, and whether they go on"
+    total = torch.cat([x.float().logsumexp(-1) for x in logits.split(self.block)])
+    if not total.isfinite().all():
+        raise ValueError(f'{type(self.model).__name__} gives logits that are '
+                         'not numbers: load it with dtype float32, or check its weights')
     token, which = torch.empty_like(text), text//self.n % len(self.rules)
     position = torch.tensor([len(self.out[t]) for t in text.tolist()], device=text.device)
     key = self.keys[text//self.copies, text % self.n]
     for k in which.unique().tolist():
         for here in (which == k).nonzero()[:, 0].split(self.block):
-            here = slice(int(here[0]), int(here[-1]) + 1)
-            step = Step(hidden[here], logits[here], text[here], place[here], self.first, self.states[k], text[here]//self.copies)
+            at = row[here]
+            step = Step(hidden[at], logits[at], text[here], place[here], self.first, self.states[k], text[here]//self.copies)
             token[here] = self.pick_block(k, step, key[here], position[here])
+            self.nll[text[here]] += total[at] - step.logits.gather(1, token[here, None])[:, 0]
     for t,new in zip(text.tolist(), token.tolist()): self.out[t].append(new)
     return token, ~torch.isin(token, self.ends) & (position + 1 < self.most)
 
@@ -248,51 +262,46 @@ def pick(self:_Writer, hidden, logits, text, place):
 @patch
 def pick_block(self:_Writer, k, step, key, position):
     "The next token of a few texts of one rule"
-    total = step.logits.float().logsumexp(-1)
-    if not total.isfinite().all():
-        raise ValueError(f'{type(self.model).__name__} gives logits that are '
-                         'not numbers: load it with dtype float32, or check its weights')
     name, rule = self.rules[k]
     x = rule(step)
-    try: token = _draw(x, key, position)
+    try: return _draw(x, key, position)
     except ValueError as e: raise ValueError(f'the rule {name!r} {e}') from e
-    self.nll[step.rows] += total - step.logits.gather(1, token[:, None])[:, 0]
-    return token
 
 # %% ../nbs/29_sample.ipynb #writer-begin
 @patch
 def begin(self:_Writer, number, ids):
-    """Answer a prompt: read it, draw the first tokens of all its texts, and go on with them as rows
-    become free"""
+    """Answer a prompt: read it, draw the first tokens of all its texts, and go on with them as there
+    is room, many at the same time since those may share a row"""
     past = DynamicCache(config=self.model.config)
     with record_function('sample: prompt'): first = _step(self.model, torch.tensor([ids], device=self.model.device), past)
     if self.first is None: self.first = tuple(x.new_empty(self.cache.rows + 1, x.shape[1]) for x in first)
     place = min(set(range(self.cache.rows + 1)) - set(self.place.tolist()))
     for to,x in zip(self.first, first): to[place] = x[0]
     text = torch.arange(number*self.copies, (number + 1)*self.copies, device=self.text.device)
-    token, alive = self.pick(*(x.expand(len(text), -1) for x in first), text,
-                             torch.full_like(text, place))
-    waiting = torch.stack([text, token, torch.full_like(text, place)])[:, alive]
-    while waiting.shape[1]:
-        if k := min(self.cache.room(), waiting.shape[1]):
-            self.cache.add(past, k)
-            self.text, self.token, self.place = torch.cat(
-                [torch.stack([self.text, self.token, self.place]), waiting[:, :k]], 1)
-            waiting = waiting[:, k:]
-        else: self.advance()
+    token, alive = self.pick(*first, text, torch.full_like(text, place), torch.zeros_like(text))
+    rows = self.cache.rows
+    for text,token in zip(*(x[alive].split(2*rows) for x in (text, token))):
+        while len(self.text) and (self.together or len(self.token) + min(len(text), rows//2) > rows): self.advance()
+        tokens, row = token.unique(return_inverse=True)
+        self.cache.add(past, len(tokens))
+        self.row = torch.cat([self.row, row + len(self.token)])
+        self.text, self.place = torch.cat([self.text, text]), torch.cat([self.place, torch.full_like(text, place)])
+        self.token = torch.cat([self.token, tokens])
 
 # %% ../nbs/29_sample.ipynb #writer-advance
 @patch
 def advance(self:_Writer):
-    "One more token for each row"
-    order = (self.text//self.n % len(self.rules)).argsort()
-    with record_function('sample: step' if len(order) == self.cache.rows else 'sample: step with free rows'):
-        hidden, logits = _step(self.model, self.token[:, None], self.cache.past, order, **self.cache.inputs())
-    alive = torch.empty_like(order, dtype=torch.bool)
-    self.token[order], alive[order] = self.pick(hidden, logits, self.text[order], self.place[order])
+    "One more token for each text"
+    with record_function('sample: step'):
+        found = _step(self.model, self.token[:, None], self.cache.past, **self.cache.inputs())
+    order = (self.text//self.n % len(self.rules)).argsort(stable=True)
+    text, place, row = self.text[order], self.place[order], self.row[order]
+    token, alive = self.pick(*found, text, place, row)
     self.cache.grow()
-    where = self.cache.drop(alive)
-    self.text, self.token, self.place = (x[where] for x in (self.text, self.token, self.place))
+    size = found[1].shape[1]
+    goes, child = (row*size + token)[alive].unique(return_inverse=True) # texts that still agree stay together
+    here = self.cache.go_on(goes//size)
+    self.text, self.place, self.row, self.token = text[alive], place[alive], here.argsort()[child], (goes % size)[here]
 
 # %% ../nbs/29_sample.ipynb #5f037148
 @torch.inference_mode()
@@ -304,7 +313,7 @@ def sample(
     n:int=4, # answers for each prompt and rule
     max_new_tokens:int=32,
     seed:int=0,
-    rows:int|None=None, # texts that are written at the same time; None: 192 on a CPU, 4,096 on a GPU
+    rows:int|None=None, # how far the batch is filled; where texts stop sharing it grows up to 2.5 times as large. None: 256 on a CPU, 4,096 on a GPU
     progress:bool=True, # show a progress bar
 )->dict: # {rule: [[Answer]*n for each prompt]}
     """Sample n answers to each prompt with each rule. Raises `ValueError` for logits that are not
@@ -312,7 +321,7 @@ def sample(
     if not prompts or not rules:
         raise ValueError('there is nothing to sample: prompts and rules must not be empty')
     encoded = prompt_ids(tokenizer, prompts)
-    rows = rows or (192 if model.device.type == 'cpu' else 4096)
+    rows = rows or (256 if model.device.type == 'cpu' else 4096)
     writer = _Writer(model, encoded, rules, n, max_new_tokens, end_tokens(model, tokenizer),
                      _keys(encoded, n, seed), rows)
     longest_first = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
