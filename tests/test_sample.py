@@ -64,6 +64,22 @@ def test_another_decoder_or_prompt_changes_nothing(smoke):
                          progress=False))['again'] == [g[:2] for g in every['warm']]
 
 
+def test_texts_that_agree_so_far_are_read_once(smoke, monkeypatch):
+    "The rows that the model reads are the different beginnings of the answers to a prompt"
+    model, tokenizer = smoke
+    read, forward = [], model.base_model.forward
+    def counted(*args, **kw):
+        read.append(kw['input_ids'].shape)
+        return forward(*args, **kw)
+    monkeypatch.setattr(model.base_model, 'forward', counted)
+    rules = RULES | dict(cold=constant(.05), warm_too=constant(1.))
+    found = tokens(sample(model, tokenizer, TALKS, rules, 3, 12, progress=False))
+    begun = [{tuple(t[:k]) for groups in found.values() for t in groups[i] for k in range(1, len(t))} for i in range(len(TALKS))]
+    later = sum(rows for rows,width in read if width == 1)
+    every = sum(len(t) - 1 for groups in found.values() for group in groups for t in group)
+    assert later == sum(map(len, begun)) < .7*every
+
+
 def test_samples_seeds_and_repeated_prompts_differ(smoke):
     first, again = tokens(sample(*smoke, [TALKS[0]]*2, dict(hot=RULES['hot']), 2, 12,
                                  progress=False))['hot']
