@@ -66,6 +66,13 @@ model: data
 compare: model
 	python -m simpledeco.study.compare $(if $(DECODER),$(DECODER),$(error make compare wants a rule: DECODER=module:function))
 
+# what arXiv takes: the files that the PDF was made of, and the bibliography as LaTeX wrote it, for pdflatex alone
+.PHONY: arxiv
+arxiv: paper
+	cd paper && sed -n 's/^INPUT //p' main.fls | grep -v '^/' | sed 's,^[.]/,,' | grep -vE '[.](aux|out)$$' | sort -u | \
+	  tar --owner=0 --group=0 --mtime=@0 -cf - -T - | gzip -n > ../build/arxiv.tar.gz
+	@echo 'written to build/arxiv.tar.gz'
+
 lab: setup
 	jupyter lab nbs
 

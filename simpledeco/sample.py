@@ -313,7 +313,7 @@ def sample(
     n:int=4, # answers for each prompt and rule
     max_new_tokens:int=32,
     seed:int=0,
-    rows:int|None=None, # how far the batch is filled; where texts stop sharing it grows up to 2.5 times as large. None: 256 on a CPU, 4,096 on a GPU
+    rows:int|None=None, # the size of the batch; where texts stop sharing, up to 2.5 times as many. None: 256 on a CPU, 4,096 on a GPU
     progress:bool=True, # show a progress bar
 )->dict: # {rule: [[Answer]*n for each prompt]}
     """Sample n answers to each prompt with each rule. Raises `ValueError` for logits that are not

@@ -33,6 +33,16 @@ def test_pipeline_ends_in_a_paper(finished):
     assert 'undefined' not in log
 
 
+def test_the_bundle_for_arxiv_needs_pdflatex_alone(finished, tmp_path):
+    folder, _ = finished
+    run('make', '-o', 'paper', 'arxiv', cwd=folder)
+    run('tar', 'xzf', folder/'build/arxiv.tar.gz', cwd=tmp_path)
+    assert not [p for p in tmp_path.rglob('*') if p.suffix in ('.aux', '.bib', '.log')]
+    for _ in range(3): run('pdflatex', '-interaction=nonstopmode', '-halt-on-error', 'main.tex', cwd=tmp_path)
+    ours, bundled = ([p.extract_text() for p in PdfReader(x/'main.pdf').pages] for x in (folder/'paper', tmp_path))
+    assert bundled == ours
+
+
 def test_second_run_does_nothing(finished):
     folder, _ = finished
     before = {p: p.stat().st_mtime_ns
