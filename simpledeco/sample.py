@@ -280,7 +280,7 @@ def begin(self:_Writer, number, ids):
     text = torch.arange(number*self.copies, (number + 1)*self.copies, device=self.text.device)
     token, alive = self.pick(*first, text, torch.full_like(text, place), torch.zeros_like(text))
     rows = self.cache.rows
-    for text,token in zip(*(x[alive].split(2*rows) for x in (text, token))):
+    for text,token in zip(*(x[alive].split(2*rows) for x in (text, token))) if alive.any() else ():
         while len(self.text) and (self.together or len(self.token) + min(len(text), rows//2) > rows): self.advance()
         tokens, row = token.unique(return_inverse=True)
         self.cache.add(past, len(tokens))

@@ -118,6 +118,11 @@ def test_an_answer_ends_at_any_end_token(smoke, monkeypatch):
     assert cut == whole[:whole.index(whole[1]) + 1]
 
 
+def test_answers_of_one_token(smoke):
+    longer, one = (tokens(sample(*smoke, TALKS, RULES, 2, most, progress=False)) for most in (3, 1))
+    assert one == {name: [[t[:1] for t in group] for group in groups] for name,groups in longer.items()}
+
+
 def test_logits_that_are_not_numbers_are_an_error(smoke):
     model = tiny('LlamaConfig')
     model.get_output_embeddings().weight[7] = torch.nan
