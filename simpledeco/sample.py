@@ -140,7 +140,8 @@ def add(self:_InPlace, prompt, k):
     live, length = len(self.length), prompt.get_seq_length()
     self.reserve(live + k, prompt)
     for layer,source in zip(self.past.layers, prompt.layers):
-        layer.keys[live:live+k, :, :length], layer.values[live:live+k, :, :length] = source.keys, source.values
+        for to,x in ((layer.keys, source.keys), (layer.values, source.values)):
+            to[live:live+k, :, :length], to[live:live+k, :, length:] = x, 0
     self.length = torch.cat([self.length, self.length.new_full((k,), length)])
 
 # %% ../nbs/29_sample.ipynb #in-place-reserve
@@ -152,8 +153,9 @@ def reserve(self:_InPlace, rows, like=None):
             x, there = getattr(source, name), getattr(layer, name)
             have = 0 if there is None else len(there)
             if rows <= have: continue
-            more = x.new_zeros(max(rows, have*5//4) - have, x.shape[1], self.longest, x.shape[3])
-            setattr(layer, name, more if there is None else torch.cat([there, more]))
+            more = x.new_empty(max(rows, 2*have, self.rows), x.shape[1], self.longest, x.shape[3])
+            if have: more[:have] = there
+            setattr(layer, name, more)
 
 # %% ../nbs/29_sample.ipynb #in-place-go-on
 @patch

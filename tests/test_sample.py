@@ -118,6 +118,20 @@ def test_an_answer_ends_at_any_end_token(smoke, monkeypatch):
     assert cut == whole[:whole.index(whole[1]) + 1]
 
 
+def test_memory_that_was_not_written_is_never_read(smoke, monkeypatch):
+    "Rows are reserved without being cleared, again and again as texts part"
+    usual, empty = tokens(sample(*smoke, TALKS, RULES, 9, 12, rows=2, progress=False)), torch.Tensor.new_empty
+    def dirty(self, *size, **kw):
+        found = empty(self, *size, **kw)
+        reserved.append(tuple(found.shape))
+        return found.fill_(torch.nan) if found.is_floating_point() else found
+    reserved = []
+    monkeypatch.setattr(torch.Tensor, 'new_empty', dirty)
+    assert tokens(sample(*smoke, TALKS, RULES, 9, 12, rows=2, progress=False)) == usual
+    sizes = [s[0] for s in reserved if len(s) == 4]
+    assert len(set(sizes)) > 2 and all(b >= 2*a for a,b in zip(sorted(set(sizes)), sorted(set(sizes))[1:]))
+
+
 def test_answers_of_one_token(smoke):
     longer, one = (tokens(sample(*smoke, TALKS, RULES, 2, most, progress=False)) for most in (3, 1))
     assert one == {name: [[t[:1] for t in group] for group in groups] for name,groups in longer.items()}
