@@ -1,18 +1,19 @@
 "The command `simpledeco`, as a user runs it"
-import contextlib, io, json, re, sys
+import contextlib, io, json, math, re, sys
+from collections import Counter
 from types import SimpleNamespace
 
 import huggingface_hub, pytest
 from conftest import ROOT, run
 
-from simpledeco.cli import main
+from simpledeco.cli import main, read_prompts
 from simpledeco.head import TemperatureHead
 from simpledeco.study.corpora import make_corpus
 from simpledeco.study.data import to_jsonl
 from simpledeco.table import TokenTable
 
 MODEL = ROOT/'models/smoke'
-COMMANDS = ['prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir', 'fold']
+COMMANDS = ['prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir', 'fold', 'compare']
 
 
 def simpledeco(*arguments, cwd, check=True):
@@ -98,6 +99,39 @@ def test_a_head_from_judged_answers(work):
     hot, low = (h.temperatures(table, table.rows([c])).mean()
                 for h,c in ((warm, 'open'), (cold, 'hard')))
     assert low < .1 and hot > low + .2
+
+
+def test_each_command_says_what_it_leaves_out(work, tmp_path):
+    """Counted a second time, from the files: conversations above a limit and of other splits, groups for a
+    risk, answers that were cut, tokens that were not learned from"""
+    scanned = simpledeco('prescan', MODEL, tmp_path/'tokens', '--data', 'sums.jsonl', '--max-examples', '20', cwd=work).stdout
+    table = TokenTable(tmp_path/'tokens')
+    groups = len({x['group'] for x in table.examples if x['split'] == 'calibration'})
+    assert f'left out: {144 - len(table.examples)} above the limit of 20 ' in scanned
+    assert f'{groups} calibration groups are enough for a risk of {math.ceil(1000/(groups + 1))/1000:g} or more' in scanned
+    simpledeco('calibrate', 'head', tmp_path/'tokens', tmp_path/'x', '--risk', str(math.ceil(1000/(groups + 1))/1000), cwd=work)
+    fewer = simpledeco('calibrate', 'head', tmp_path/'tokens', tmp_path/'y', '--risk', str(.999/(groups + 1)), cwd=work, check=False)
+    assert f'needs {groups + 1} calibration groups, there are {groups}\n' in fewer.stdout and fewer.returncode == 1
+
+    write = lambda name, n, **key: (work/name).write_text('\n'.join(
+        json.dumps(dict(messages=[dict(role='user', content=f'Say {i}.')], group=i//2, **key)) for i in range(n)))
+    write('cut.jsonl', 40, answer='a'); write('free.jsonl', 40)
+    said = simpledeco('answer', MODEL, tmp_path/'answers', '--data', 'cut.jsonl', '--data', 'free.jsonl',
+                      '--max-new-tokens', '5', cwd=work).stdout
+    examples = json.loads((tmp_path/'answers/answers.json').read_text())['examples']
+    splits = Counter(x['split'] for name in ('cut', 'free') for x in read_prompts(work/f'{name}.jsonl'))
+    assert f'left out: {splits["calibration"]} of the calibration split, {splits["test"]} of the test split; ' in said
+    asked = [x for x in examples if x['corpus'] == 'cut']
+    cut = [x['right'] for x in asked if not x['ended']]
+    assert f'{len(cut)} of {len(asked)} answers to questions were cut at 5 tokens (--max-new-tokens), {sum(cut)} of these' in said
+
+    said = simpledeco('train', tmp_path/'answers', tmp_path/'judged', '--steps', '20', cwd=work).stdout
+    learned, total, held = map(int, re.search(r'learned from (\d+) of (\d+) tokens; left out: (\d+) held out\n', said).groups())
+    assert learned + held == total == sum(len(x['where']) for x in examples) and held
+    said = simpledeco('train', tmp_path/'tokens', tmp_path/'plain', '--steps', '20', cwd=work).stdout
+    numbers = re.search(r'learned from (\d+) of (\d+) tokens; left out: (\d+) held out, (\d+) too easy or too hard, (\d+) of other', said)
+    learned, total, *left = map(int, numbers.groups())
+    assert total == len(table) == learned + sum(left) and left[2] == total - len(table.rows(splits=['train']))
 
 
 def _trained(work, corpus):
