@@ -66,6 +66,16 @@ model: data
 compare: model
 	python -m simpledeco.study.compare $(if $(DECODER),$(DECODER),$(error make compare wants a rule: DECODER=module:function))
 
+# the site, in build/site: README, notebooks, figures, decoders and a reference; it is tested where it lies, and wants no network to be read
+.PHONY: docs
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	python -m pytest tests/test_site.py
+
+.venv/docs: .venv/ready
+	pip install -q --no-compile -c constraints.txt -e '.[docs]'
+	touch $@
+
 lab: setup
 	jupyter lab nbs
 
