@@ -73,6 +73,16 @@ arxiv: paper
 	  tar --owner=0 --group=0 --mtime=@0 -cf - -T - | gzip -n > ../build/arxiv.tar.gz
 	@echo 'written to build/arxiv.tar.gz'
 
+# the site, in build/site: README, notebooks, figures, decoders and a reference; it is tested where it lies, and wants no network to be read
+.PHONY: docs
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	python -m pytest tests/test_site.py
+
+.venv/docs: .venv/ready
+	pip install -q --no-compile -c constraints.txt -e '.[docs]'
+	touch $@
+
 lab: setup
 	jupyter lab nbs
 
