@@ -315,7 +315,7 @@ def sample(
     n:int=4, # answers for each prompt and rule
     max_new_tokens:int=32,
     seed:int=0,
-    rows:int|None=None, # the size of the batch; where texts stop sharing, up to 2.5 times as many. None: 256 on a CPU, 4,096 on a GPU
+    rows:int|None=None, # the size of the batch; where texts stop sharing, up to 2.5 times as many. None: 128 on a CPU, 4,096 on a GPU
     progress:bool=True, # show a progress bar
 )->dict: # {rule: [[Answer]*n for each prompt]}
     """Sample n answers to each prompt with each rule. Raises `ValueError` for logits that are not
@@ -323,7 +323,7 @@ def sample(
     if not prompts or not rules:
         raise ValueError('there is nothing to sample: prompts and rules must not be empty')
     encoded = prompt_ids(tokenizer, prompts)
-    rows = rows or (256 if model.device.type == 'cpu' else 4096)
+    rows = rows or (128 if model.device.type == 'cpu' else 4096)
     writer = _Writer(model, encoded, rules, n, max_new_tokens, end_tokens(model, tokenizer),
                      _keys(encoded, n, seed), rows)
     longest_first = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
