@@ -5,7 +5,7 @@ know the ten commands, what a page of `inspect` shows, and what happens when som
 
 # %% auto #0
 __all__ = ['app', 'console', 'Model', 'Head', 'TablePath', 'Out', 'Data', 'Prompts', 'Corpora', 'Dtype', 'Device', 'OtherModel',
-           'Row', 'Count', 'Share', 'Scale', 'Seed', 'MostNew', 'MostExamples', 'MostPrompts', 'BatchTokens',
+           'Row', 'Count', 'Share', 'Scale', 'Static', 'Seed', 'MostNew', 'MostExamples', 'MostPrompts', 'BatchTokens',
            'TrainRisk', 'HeadRisk', 'MinP', 'Reads', 'Width', 'Steps', 'Rate', 'between', 'main', 'naming',
            'read_conversations', 'prescan', 'read_prompts', 'answer', 'train', 'calibrate', 'generate', 'inspect',
            'evaluate', 'serve_dir', 'fold', 'compare']
@@ -26,7 +26,7 @@ from rich.table import Table
 from . import __version__
 from .files import json_lines, read_json, write_json, write_whole
 from .judge import CHECKS, is_right
-from .look import ColourStream, token_page, token_report
+from .look import ColourStream, summary, token_page, token_report
 
 # %% ../nbs/35_cli.ipynb #8a0c4ee6
 app = typer.Typer(help='One temperature per token for a frozen language model.',
@@ -70,6 +70,8 @@ Count = partial(typer.Option, min=1, max=2**20)
 Share = partial(typer.Option, parser=between(0, 1), metavar='0<x<1')
 Scale = Annotated[float, typer.Option(parser=between(0, 1e6), metavar='x>0',
                                       help='multiplies every temperature')]
+Static = Annotated[Optional[float], typer.Option(parser=between(0, 1e6), metavar='x>0',
+                                                 help='of every token of the answer beside; default: 1')]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help='random seed')]
 MostNew = Annotated[int, Count(help='tokens after which an answer is cut')]
 MostExamples = Annotated[int, typer.Option(min=0,
@@ -491,10 +493,10 @@ def generate(head:Head, model:Model, prompt:str, scale:Scale=1.0, max_new_tokens
                         streamer=ColourStream(tokenizer, seen, console), **sampling(decoder))
 
 # %% ../nbs/35_cli.ipynb #check-talk
-def _check_talk(model, tokenizer, messages):
-    "Raise `ValueError` unless the model can read a question and its answer"
+def _check_talk(model, tokenizer, messages, option):
+    "Raise `ValueError`, naming the option, unless the model can read a question and its answer"
     from simpledeco.conversations import encoder
-    with naming('--prompt and --answer'):
+    with naming(f'--prompt and {option}'):
         given = dict(id='given', corpus='', split='', group='', messages=messages)
         encoder(model, tokenizer, None)(given)
 
@@ -504,20 +506,25 @@ def _check_talk(model, tokenizer, messages):
 def inspect(head:Head, model:Model, page:Annotated[Path, typer.Argument(help='HTML file to write')],
             prompt:Annotated[str, typer.Option(help='what the user says')],
             answer:Annotated[str, typer.Option(help='what the assistant says')],
+            beside:Annotated[Optional[str], typer.Option(help='an answer to show beside it, at a static temperature')]=None,
+            temperature:Static=None,
             scale:Scale=1.0, dtype:Dtype='float32', device:Device='', other_model:OtherModel=False):
-    "Write a page that shows the temperature, gap and candidates of each token of an answer."
+    "Write a page that shows the temperature, gap and candidates of each token of an answer, or of two side by side."
     from simpledeco.head import check_fits, TemperatureHead
     _check_out(page, file=True)
+    if temperature and beside is None: raise ValueError('--temperature is that of a second answer: give it with --beside, or leave it out')
     loaded, tokenizer = _load(model, dtype, device)
-    talk = [dict(role='user', content=prompt), dict(role='assistant', content=answer)]
-    _check_talk(loaded, tokenizer, talk)
+    talks = {o: [dict(role='user', content=prompt), dict(role='assistant', content=a)]
+             for o,a in (('--answer', answer), ('--beside', beside)) if a is not None}
+    for option,talk in talks.items(): _check_talk(loaded, tokenizer, talk, option)
     decoder = TemperatureHead.from_pretrained(head, map_location=str(loaded.device))
     check_fits(decoder, loaded, other_model)
-    report = token_report(loaded, tokenizer, decoder.to(loaded.device), talk, scale)
-    write_whole(page, lambda tmp: tmp.write_text(token_page(report, Path(model).name, prompt,
-                                                            decoder.min_p, scale), encoding='utf-8'))
-    mean, lost = sum(x['temperature'] for x in report)/len(report), sum(not x['kept'] for x in report)
-    console.print(f'{page}: {len(report)} tokens, mean temperature {mean:.2f}, {lost} cut')
+    report = partial(token_report, loaded, tokenizer, decoder.to(loaded.device), scale=scale)
+    reports = {'A temperature for each token': report(talks['--answer'])}
+    if beside is not None: reports['One temperature for all'] = report(talks['--beside'], temperature=temperature or 1.)
+    text = token_page(reports, prompt, Path(model).name, decoder.min_p, scale)
+    write_whole(page, lambda tmp: tmp.write_text(text, encoding='utf-8'))
+    console.print(f'{page}: {"; beside it ".join(map(summary, reports.values()))}')
 
 # %% ../nbs/35_cli.ipynb #b58ccb5b
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True),

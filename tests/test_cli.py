@@ -152,9 +152,27 @@ def test_inspect_writes_one_file_that_needs_no_other(work):
     simpledeco('inspect', 'calibrated', MODEL, 'page.html', '--prompt', 'What is <i>1</i> + 1?',
                '--answer', 'It is <script>2</script>.', cwd=work)
     page = (work/'page.html').read_text()
-    assert '<script' not in page and '<i>' not in page and 'http' not in page and 'src=' not in page
+    assert page.count('<script') == 2 and '<i>' not in page and 'http' not in page and 'src=' not in page
+    assert '<title>What is &lt;i&gt;1&lt;/i&gt; + 1?</title>' in page
     assert page.count('tabindex="0"') > 5
     assert page.count('data-why="temperature ') == page.count('tabindex="0"')
+
+
+def test_inspect_shows_a_second_answer_at_a_static_temperature(work):
+    look = ['inspect', 'calibrated', MODEL, 'two.html', '--prompt', '1 + 1?', '--answer', 'It is 2.', '--beside', 'Three.']
+    alone = simpledeco(*look[:-2], cwd=work).stdout.strip()
+    for option,heat in (([], 1), (['--temperature', '.7'], .7), (['--temperature', '.7', '--scale', '2'], 1.4)):
+        said = simpledeco(*look, *option, cwd=work).stdout.strip()
+        assert re.search(rf'; beside it \d tokens, mean temperature {heat:.2f}, \d cut$', said)
+        assert said.startswith(alone + ';') == ('--scale' not in option)
+        page = (work/'two.html').read_text()
+        assert page.count('<section>') == page.count('<h2>') == 2 and f'data-why="temperature {heat:.2f}&#10;' in page
+    (work/'two.html').unlink()
+    done = simpledeco(*look[:-2], '--temperature', '1', cwd=work, check=False)
+    check_one_line(done, '--temperature is that of a second answer')
+    done = simpledeco(*look[:-1], '\ud83d', cwd=work, check=False)
+    check_one_line(done, '--prompt and --beside')
+    assert not (work/'two.html').exists()
 
 
 def check_one_line(done, message):
@@ -218,7 +236,8 @@ OUTSIDE = [*([*TRAIN, '--risk', r] for r in ('2', 'nan', '0')), *([*TRAIN, '--lr
            [*TRAIN, '--min-p', '1'], [*TRAIN, '--steps', '0'], [*TRAIN, '--width', '-1'], [*TRAIN, '--seed', '-1'],
            [*TRAIN, '--reads', 'all'],
            *(['calibrate', 'head', 'tokens', 'x', '--risk', r] for r in ('0', '1', '-.1', 'inf', 'x')),
-           *([*LOOK, '--scale', s] for s in ('0', '-1', 'nan', 'inf')), ['generate', 'head', MODEL, 'hi', '--scale', '0'],
+           *([*LOOK, '--scale', s] for s in ('0', '-1', 'nan', 'inf')), *([*LOOK, '--temperature', s] for s in ('0', 'nan')),
+           ['generate', 'head', MODEL, 'hi', '--scale', '0'],
            ['serve-dir', 'head', MODEL, 'x', '--scale', '0'], ['evaluate', 'head', MODEL, '--scale', '0'],
            ['generate', 'head', MODEL, 'hi', '--max-new-tokens', '0'], [*SCAN, '--batch-tokens', '0'],
            [*SCAN, '--max-examples', '-1'], [*SCAN, '--dtype', 'int8'],
