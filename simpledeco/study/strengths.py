@@ -21,7 +21,7 @@ from ..text import distinct_n
 # %% ../../nbs/53_strengths.ipynb #plan
 LEARN = ('arithmetic', 'trivia', 'puzzles', 'translations', 'chat', 'story', 'sets', 'symbols',
          'elements by symbol', 'next month', 'next day', 'next letter', 'length of a month', 'number of a month')
-SETS = lambda p: (12, p.answer_tokens)
+SETS = lambda p: (6, p.answer_tokens)
 SHORT, LONG = (lambda p: (4, p.answer_tokens)), (lambda p: (4, p.open_test_tokens))
 BUDGET = dict(facts=SHORT, plain=SHORT, creative=LONG, openly=LONG, inside=LONG, sets=SETS, calibration=SETS)
 
@@ -33,7 +33,7 @@ def plan(
     of = lambda most, split, *corpora: task_prompts(p, most, split, corpora)
     most = p.test_prompts
     return dict(facts=of(most, 'test', *p.primary.split()), plain=of(2*most, 'test', 'plain'), creative=of(2*most, 'test', p.open),
-                openly=of(2*most, 'test', 'openly'), inside=of(1000, 'test', 'inside'), sets=of(3*most, 'test', 'sets'),
+                openly=of(2*most, 'test', 'openly'), inside=of(1000, 'test', 'inside'), sets=of(2*most, 'test', 'sets'),
                 calibration=of(2*most, 'calibration', 'sets'))
 
 
