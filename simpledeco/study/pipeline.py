@@ -103,7 +103,7 @@ STAGES = [
     Stage('lethality', (TOKENS,), tables=('lethality',)),
     Stage('ladder', (MODEL, ANSWERS, 'data/tasks.jsonl'), tables=('ladder', 'ladder_rungs'))]
 ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}',),
-                   ('rungs', 'rungs_gains', 'rungs_sets'))]
+                   ('rungs', 'rungs_gains'))]
 # the long profiles and their stages
 LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks'),
         'rungs': ('model', 'rungs'), 'rungs-gpu': ('model', 'rungs')}

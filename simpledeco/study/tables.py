@@ -238,17 +238,15 @@ def ladder_table(c):
 
 # %% ../../nbs/19_tables.ipynb #tables-rungs
 def rungs_table(c, fixed, listed, of, at='T = 1'):
-    "Gains at equal variety by task, and of distinct valid answers: all pairs of a decoder or of a rival"
-    gains, sets = (c.frame(f'rungs_{k}')[lambda x: x[fixed] == of] for k in ('gains', 'sets'))
-    gains = gains[gains['at'] == at]
+    "Gains at equal variety by task: all pairs of a decoder or of a rival"
+    gains = c.frame('rungs_gains')[lambda x: (x[fixed] == of) & (x['at'] == at)]
     def cell(found):
         if found.empty or found.gain.isna().any(): return '--'
         r = found.iloc[0]
         return interval(dict(mean=r.gain, lo=r.lo, hi=r.hi)) + ('' if r.lo <= 0 <= r.hi else r'\rlap{$^\dagger$}')
     tasks = list(dict.fromkeys(gains.task))
-    rows = [[named(m), *(cell(gains[(gains[listed] == m) & (gains.task == t)]) for t in tasks), cell(sets[sets[listed] == m])]
-            for m in dict.fromkeys(gains[listed])]
-    return table_tex(['', *tasks, 'distinct valid'], rows, 'l' + 'r'*len(tasks) + 'r')
+    rows = [[named(m), *(cell(gains[(gains[listed] == m) & (gains.task == t)]) for t in tasks)] for m in dict.fromkeys(gains[listed])]
+    return table_tex(['', *tasks], rows, 'l' + 'r'*len(tasks))
 
 # %% ../../nbs/19_tables.ipynb #tables-front
 FRONT = {'T = 1': 'a constant, T = 1', 'AutoDeco': 'AutoDeco', 'judged, left out': '**a head, by token**',
