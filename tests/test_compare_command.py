@@ -139,8 +139,9 @@ def test_without_matplotlib_there_is_no_picture_and_one_line_says_so(done, monke
 def tiny(tmp_path_factory):
     "Prompts and heads for what must be refused"
     work = tmp_path_factory.mktemp('refused')
-    make_head(load_model(TINY)[0], work/'head')
-    TemperatureHead(192, base_model='another').save_pretrained(work/'foreign')
+    model = load_model(TINY)[0]
+    make_head(model, work/'head')
+    TemperatureHead(model.config.hidden_size, base_model='another').save_pretrained(work/'foreign')
     for n in (9, 10):
         write(work/f'ask{n}.jsonl', [line(f'Who is {i}?', answer='xyz') for i in range(n)])
         write(work/f'tell{n}.jsonl', [line(f'Write about {i}.') for i in range(n)])
