@@ -586,7 +586,7 @@ def _write_compared(out, found, made, prompts, answers):
     write_json(out/'compare.json', dict(made=made, **found))
     write_json(out/'answers.json', [dict(x, answers={m: groups[i] for m,groups in answers.items()}) for i,x in enumerate(prompts)])
     try: picture(found, out/'compare.png')
-    except ModuleNotFoundError as e: console.print(f'{out}: no picture, {e.name} is missing: pip install {e.name}')
+    except ModuleNotFoundError: console.print(f'{out}: no picture, matplotlib is missing: pip install matplotlib')
 
 # %% ../nbs/35_cli.ipynb #compare-command
 @app.command(epilog='Example: `simpledeco compare heads/judged Qwen/Qwen2.5-0.5B-Instruct '

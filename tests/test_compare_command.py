@@ -140,7 +140,7 @@ def tiny(tmp_path_factory):
     "Prompts and heads for what must be refused"
     work = tmp_path_factory.mktemp('refused')
     make_head(load_model(TINY)[0], work/'head')
-    TemperatureHead(192, base_model='another').save_pretrained(work/'foreign')
+    TemperatureHead(32, base_model='another').save_pretrained(work/'foreign')
     for n in (9, 10):
         write(work/f'ask{n}.jsonl', [line(f'Who is {i}?', answer='xyz') for i in range(n)])
         write(work/f'tell{n}.jsonl', [line(f'Write about {i}.') for i in range(n)])
