@@ -1,0 +1,42 @@
+"""A head that has learned from this project's prompts, on questions and instructions that people wrote: `simpledeco compare`
+on public rows that stay where they are. Writes benchmarks/public.json. Run: python benchmarks/public.py FOLDER HEAD
+
+FOLDER holds webquestions/validation.json (WebQuestions: qText and answers, CC BY 4.0), nq_open/validation.jsonl (NQ-open:
+question and answer, CC BY-SA 3.0) and instructions/user_oriented.jsonl (Self-Instruct: those without an input are the open
+prompts, Apache-2.0). Of each a sample is drawn with a fixed seed; every row counts as a group of its own.
+"""
+import json, subprocess, sys
+from pathlib import Path
+from random import Random
+
+from simpledeco.files import json_lines
+
+ROOT, MOST, SCALE = Path(__file__).parent.parent, dict(webquestions=80, nq_open=80, instructions=60), 2
+
+
+def rows(folder):
+    "(corpus, prompt, accepted answers or None)"
+    for x in json.loads((folder/'webquestions/validation.json').read_text(encoding='utf-8')):
+        if not any('://' in a for a in x['answers']): yield 'webquestions', x['qText'], x['answers']
+    for _,x in json_lines(folder/'nq_open/validation.jsonl'): yield 'nq_open', x['question'], x['answer']
+    for _,x in json_lines(folder/'instructions/user_oriented.jsonl'):
+        if not any(i['input'] for i in x['instances']): yield 'instructions', x['instruction'], None
+
+
+if __name__ == '__main__':
+    folder, head = map(Path, sys.argv[1:])
+    found, out = list(rows(folder)), ROOT/'build/public'
+    out.mkdir(parents=True, exist_ok=True)
+    for corpus,most in MOST.items():
+        mine = [x for x in found if x[0] == corpus]
+        some = Random(0).sample(mine, min(most, len(mine)))
+        lines = [dict(messages=[dict(role='user', content=ask)], split='test', **({} if answers is None else dict(answer=answers)))
+                 for _,ask,answers in some]
+        (out/f'{corpus}.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n', encoding='utf-8')
+    data = [x for corpus in MOST for x in ('--data', str(out/f'{corpus}.jsonl'))]
+    subprocess.run(['simpledeco', 'compare', str(head), str(ROOT/'models/full'), *data, '--scale', str(SCALE), '--out', str(out/'found')],
+                   check=True)
+    said = json.loads((out/'found/compare.json').read_text(encoding='utf-8'))
+    made = {k: v for k,v in said.pop('made').items() if k not in ('head', 'prompts')}
+    write = dict(head=head.name, rows=MOST, licences='CC BY 4.0, CC BY-SA 3.0, Apache-2.0', **said, made=made)
+    (ROOT/'benchmarks/public.json').write_text(json.dumps(write, indent=1) + '\n')
