@@ -303,9 +303,10 @@ def _prompt(x, line):
     key, check = line.get('answer'), line.get('check') or 'phrase'
     if not isinstance(check, str) or check not in CHECKS:
         raise ValueError(f'unknown check {check!r}, there are {", ".join(CHECKS)}')
-    if x['messages'][-1]['role'] != 'user' or not isinstance(key, str | None):
-        raise ValueError('"messages" must end with the user, and "answer" be a text or missing')
-    if not _can_be_right(key, check):
+    keys = [] if key is None else key if isinstance(key, list) and key else [key]
+    if x['messages'][-1]['role'] != 'user' or not all(isinstance(k, str) for k in keys):
+        raise ValueError('"messages" must end with the user, and "answer" be a text, a list of texts or missing')
+    if not all(_can_be_right(k, check) for k in keys):
         raise ValueError(f'no reply is right by the answer {key!r} and the '
                          f'check {check}: correct it, or drop it')
     return dict(x, answer=key, check=check)
@@ -313,8 +314,7 @@ def _prompt(x, line):
 
 def _can_be_right(key, check):
     try:
-        return (key is None or is_right(key, dict(answer=key, check=check))
-                and not is_right('', dict(answer=key, check=check)))
+        return is_right(key, dict(answer=key, check=check)) and not is_right('', dict(answer=key, check=check))
     except ValueError: return False # not a number
 
 # %% ../nbs/35_cli.ipynb #answers-of

@@ -8,6 +8,7 @@ from conftest import ROOT, run
 
 from simpledeco.cli import main, read_prompts
 from simpledeco.head import TemperatureHead
+from simpledeco.judge import is_right
 from simpledeco.study.corpora import make_corpus
 from simpledeco.study.data import to_jsonl
 from simpledeco.table import TokenTable
@@ -99,6 +100,17 @@ def test_a_head_from_judged_answers(work):
     hot, low = (h.temperatures(table, table.rows([c])).mean()
                 for h,c in ((warm, 'open'), (cold, 'hard')))
     assert low < .1 and hot > low + .2
+
+
+def test_an_answer_may_be_a_list_of_texts(tmp_path):
+    file, user = tmp_path/'a.jsonl', dict(role='user', content='Who wrote it?')
+    write = lambda answer: file.write_text(json.dumps(dict(messages=[user], answer=answer)))
+    write(['Ann Lee', 'A. Lee'])
+    [prompt] = read_prompts(file)
+    assert prompt['answer'] == ['Ann Lee', 'A. Lee'] and is_right('It was A. Lee.', prompt) and not is_right('Bob', prompt)
+    for wrong in ([], ['Ann', 3], ['Ann', ''], {'a': 1}):
+        write(wrong)
+        with pytest.raises(ValueError, match='line 1: ("messages" must end|no reply is right)'): read_prompts(file)
 
 
 def test_each_command_says_what_it_leaves_out(work, tmp_path):

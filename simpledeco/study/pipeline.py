@@ -107,7 +107,7 @@ ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}'
 # the long profiles and their stages
 LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks'),
         'rungs': ('model', 'rungs'), 'rungs-gpu': ('model', 'rungs')}
-PRINTED = ('full',) # the long profiles whose results stand in the paper
+PRINTED = ('full', 'rungs') # the long profiles whose results stand in the paper
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-modules
 def modules(
