@@ -52,6 +52,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'simpledeco.cli.inspect': ('cli.html#inspect', 'simpledeco/cli.py'),
                                 'simpledeco.cli.main': ('cli.html#main', 'simpledeco/cli.py'),
                                 'simpledeco.cli.naming': ('cli.html#naming', 'simpledeco/cli.py'),
+                                'simpledeco.cli.prepare': ('cli.html#prepare', 'simpledeco/cli.py'),
                                 'simpledeco.cli.prescan': ('cli.html#prescan', 'simpledeco/cli.py'),
                                 'simpledeco.cli.read_conversations': ('cli.html#read_conversations', 'simpledeco/cli.py'),
                                 'simpledeco.cli.read_prompts': ('cli.html#read_prompts', 'simpledeco/cli.py'),

@@ -7,8 +7,8 @@ know the ten commands, what a page of `inspect` shows, and what happens when som
 __all__ = ['app', 'console', 'Model', 'Head', 'TablePath', 'Out', 'Data', 'Prompts', 'Corpora', 'Dtype', 'Device', 'OtherModel',
            'Row', 'Count', 'Share', 'Scale', 'Static', 'Seed', 'MostNew', 'MostExamples', 'MostPrompts', 'BatchTokens',
            'TrainRisk', 'HeadRisk', 'MinP', 'Reads', 'Width', 'Steps', 'Rate', 'between', 'main', 'naming',
-           'read_conversations', 'prescan', 'read_prompts', 'answer', 'train', 'calibrate', 'generate', 'inspect',
-           'evaluate', 'serve_dir', 'fold', 'compare']
+           'read_conversations', 'prescan', 'prepare', 'read_prompts', 'answer', 'train', 'calibrate', 'generate',
+           'inspect', 'evaluate', 'serve_dir', 'fold', 'compare']
 
 # %% ../nbs/35_cli.ipynb #cli-imports
 import hashlib, json, math, sys
@@ -130,14 +130,15 @@ def _load(model, dtype, device):
     from simpledeco.decode import check_plain_logits
     from simpledeco.model import load_model
     logging.disable_progress_bar()
+    if model.endswith('.gguf'): raise ValueError(f'{model} is a GGUF file: `simpledeco prepare {model} FOLDER` makes a folder of it')
     try:
         loaded, tokenizer = load_model(model, dtype,
                                        device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     except OSError as e: raise OSError(f'cannot load model {model}: {e}') from e
     check_plain_logits(loaded)
     if not tokenizer.chat_template:
-        raise ValueError(f'the tokenizer of {model} has no chat template: '
-                         'use an instruction-tuned model')
+        raise ValueError(f'the tokenizer of {model} has no chat template: use an instruction-tuned model, or let '
+                         f'`simpledeco prepare {model} FOLDER --chat-template questions --stop "\\n"` give it one')
     with naming(model): end_tokens(loaded, tokenizer)
     return loaded, tokenizer
 
@@ -289,6 +290,23 @@ def prescan(model:Model, out:Out, data:Data, max_examples:MostExamples=0,
     with _sources(examples): table = scan(loaded, tokenizer, examples, out, batch_tokens)
     _note_source(out, model, loaded)
     console.print(f'{out}: {len(table):,} tokens of {len(examples):,} conversations')
+
+# %% ../nbs/35_cli.ipynb #prepare-command
+@app.command(epilog='Example: `simpledeco prepare gemma-3-270m.gguf models/gemma --chat-template questions --stop "\\n"`')
+def prepare(model:Annotated[str, typer.Argument(help='a GGUF file, a folder, or hub id of a causal language model')], out:Out,
+            chat_template:Annotated[str, typer.Option(help='a file with a Jinja template, or `questions`: two questions with '
+                                                      "answers, then the one that is asked; default: the tokenizer's own")]='',
+            stop:Annotated[str, typer.Option(help='the text that ends an answer, \\n is a line break; '
+                                             "default: the model's own end")]=''):
+    "Write a base model or a GGUF file as a folder that all other commands take."
+    from transformers import AutoTokenizer, GenerationConfig
+    from transformers.utils import logging
+    from simpledeco.conversations import end_tokens
+    from simpledeco.prepare import prepare as write
+    logging.disable_progress_bar()
+    write(model, out, chat_template, stop.replace('\\n', '\n'))
+    ends = end_tokens(GenerationConfig.from_pretrained(out), AutoTokenizer.from_pretrained(out))
+    console.print(f'{out}: {len(ends):,} token{"s"[:len(ends) != 1]} end an answer')
 
 # %% ../nbs/35_cli.ipynb #read-prompts
 def read_prompts(

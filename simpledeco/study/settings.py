@@ -73,7 +73,7 @@ def _typed(profile, key, text):
                          f'of type {PROFILE_KEYS[key].__name__}') from None
     if isinstance(value, int) and value < 1:
         raise ValueError(f'settings.ini [{profile}] {key} = {text!r} must be positive')
-    return value.encode().decode('unicode_escape') if key == 'stop' else value
+    return value.replace('\\n', '\n') if key == 'stop' else value
 
 # %% ../../nbs/40_settings.ipynb #families
 def families(
