@@ -6,9 +6,8 @@ from safetensors.torch import load_file, save_file
 from test_decode import IDS, KINDS, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import ROOT
 from simpledeco.decode import attach, sampling
-from simpledeco.fold import fold, free_row, linear_row, RowTemperature, SETTINGS
+from simpledeco.fold import fold, RowTemperature, SETTINGS
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
 
