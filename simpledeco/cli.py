@@ -554,7 +554,9 @@ def fold(head:Head, model:Annotated[str, typer.Argument(help='folder or hub id o
          row:Row=None, scale:Scale=1.0, other_model:OtherModel=False):
     "Write a checkpoint or a GGUF file in which a linear head is one more row of the output matrix."
     from transformers.utils import logging
-    from simpledeco.fold import fold as write, read_row
+    from simpledeco.vllm import read_row
+    if Path(model).suffix == '.gguf': from simpledeco.fold_gguf import fold_gguf as write
+    else: from simpledeco.fold import fold as write
     logging.disable_progress_bar()
     made = read_row(write(head, model, out, row=row, scale=scale, other_model=other_model))
     moved = f'; the output matrix is in {made["dtype"]} now, other logits move by up to {made["others"]:.1e}' if made.get('others') else ''

@@ -18,8 +18,9 @@ from transformers.utils.quantization_config import GgufConfig
 
 from .decode import check_plain_logits
 from .files import write_whole
-from .fold import _check_out, _probe, free_row, linear_row, read_row, RowTemperature, SETTINGS
+from .fold import check_out, free_row, linear_row, probe, RowTemperature
 from .head import check_fits, TemperatureHead
+from .vllm import read_row, SETTINGS
 
 # %% ../nbs/38_fold_gguf.ipynb #gguf-output
 EXACT = ('F32', 'F16', 'BF16', 'Q8_0') # types in which a row is stored like its neighbours
@@ -139,7 +140,7 @@ def _row(reader, head, row, scale):
 
 def _errors(reader, tensors, loaded, tokenizer, head, stored, settings):
     "The largest error of T on a short text, and of the other logits, which is 0 where their rows are the model's"
-    hidden, logits = _probe(loaded, tokenizer)
+    hidden, logits = probe(loaded, tokenizer)
     T = RowTemperature(**settings | dict(row=0)).temperature((hidden.float() @ stored)[:, None])
     data, kind = list(tensors.values())[-1]
     others = torch.zeros(())
@@ -161,7 +162,7 @@ def fold_gguf(
 )->Path: # the file
     "What `fold` does with a GGUF file. Raises `ValueError` when head and model do not fit"
     out, head = Path(out), TemperatureHead.from_pretrained(head)
-    _check_out(out, scale)
+    check_out(out, scale)
     linear_row(head) # raises for a head that is no row
     reader = _reader(Path(model))
     row = _free(reader, row)

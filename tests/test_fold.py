@@ -7,9 +7,10 @@ from test_decode import IDS, KINDS, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpledeco.decode import attach, sampling
-from simpledeco.fold import fold, read_row, row_logprobs, RowTemperature, SETTINGS
+from simpledeco.fold import fold, row_logprobs, RowTemperature
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
+from simpledeco.vllm import read_row, SETTINGS
 
 MASK = dict(attention_mask=torch.ones_like(IDS))
 

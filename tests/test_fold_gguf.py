@@ -5,12 +5,12 @@ import numpy as np, pytest, torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from simpledeco.fold import fold, read_row
-from simpledeco.fold_gguf import KEY, llama_sampling, load_gguf
+from simpledeco.fold_gguf import fold_gguf as fold, KEY, llama_sampling, load_gguf
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, read_output
 from simpledeco.study.models import package_file
 from simpledeco.study.settings import load_profile
+from simpledeco.vllm import read_row
 
 SMOL = package_file(load_profile('embedded').model.removeprefix('package:'))
 

@@ -6,12 +6,12 @@ from conftest import ROOT
 from scipy.stats import chisquare
 
 from simpledeco.decode import min_p_filter
-from simpledeco.fold import fold, read_row
-from simpledeco.fold_gguf import llama_sampling, load_gguf
+from simpledeco.fold_gguf import fold_gguf as fold, llama_sampling, load_gguf
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, read_output
 from simpledeco.study.models import package_file
 from simpledeco.study.settings import load_profile
+from simpledeco.vllm import read_row
 
 llama_cpp = pytest.importorskip('llama_cpp', reason='run `make test-llama`')
 SMOL = package_file(load_profile('embedded', ROOT).model.removeprefix('package:'))

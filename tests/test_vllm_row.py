@@ -6,7 +6,7 @@ from scipy.stats import chisquare
 from conftest import ROOT
 
 from simpledeco.decode import min_p_filter
-from simpledeco.fold import fold, read_row
+from simpledeco.fold import fold
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
 
