@@ -196,6 +196,8 @@ def llama_sampling(
     scale:float=1.0, # multiplies every temperature, on top of that of the file
 )->dict: # keyword arguments for its completions
     "Sampling options of llama-cpp-python for a folded file. Raises `ValueError` for a file without a row"
+    if not hasattr(llm, 'metadata'):
+        raise ValueError(f'{type(llm).__name__} is no llama_cpp.Llama: an engine without logits processors cannot read a row')
     if KEY not in llm.metadata: raise ValueError('this GGUF file has no row of a head: make one with `simpledeco fold`')
     settings = json.loads(llm.metadata[KEY])
     return dict(logits_processor=[llama_temperature(settings, scale)], temperature=1.0, min_p=settings['min_p'], top_k=0, top_p=1.0,

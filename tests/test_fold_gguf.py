@@ -128,6 +128,7 @@ def test_the_processor_of_llama_cpp(made, tmp_path):
         assert found.dtype == np.float32 and found[49152] == -np.inf and (row == kept).all()
         np.testing.assert_allclose(found[:-1], row[:-1]/(2*t), rtol=1e-5)
     with pytest.raises(ValueError, match='has no row of a head'): llama_sampling(SimpleNamespace(metadata={}))
+    with pytest.raises(ValueError, match='dict is no llama_cpp.Llama: an engine without logits processors'): llama_sampling({})
 
 
 def test_a_file_folded_twice_a_name_that_is_taken_a_head_of_another_model(made, tmp_path):
