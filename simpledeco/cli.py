@@ -565,14 +565,20 @@ def serve_dir(head:Head, model:Model, out:Out, scale:Scale=1.0, other_model:Othe
     console.print(f'{out}: ready for vllm serve {out}')
 
 # %% ../nbs/35_cli.ipynb #cli-fold
-@app.command(epilog='Example: `simpledeco fold heads/qwen Qwen/Qwen2.5-0.5B-Instruct folded/qwen`')
-def fold(head:Head, model:Model, out:Out, row:Row=None, scale:Scale=1.0, other_model:OtherModel=False):
-    "Write a checkpoint in which a linear head is one more row of the output matrix."
+@app.command(epilog='Example: `simpledeco fold heads/qwen Qwen/Qwen2.5-0.5B-Instruct folded/qwen`, or `simpledeco fold heads/qwen '
+             'qwen.gguf folded.gguf`')
+def fold(head:Head, model:Annotated[str, typer.Argument(help='folder or hub id of a causal language model, or a GGUF file')],
+         out:Annotated[Path, typer.Argument(help='folder to write, or a GGUF file')],
+         row:Row=None, scale:Scale=1.0, other_model:OtherModel=False):
+    "Write a checkpoint or a GGUF file in which a linear head is one more row of the output matrix."
     from transformers.utils import logging
-    from simpledeco.fold import fold as write, SETTINGS
+    from simpledeco.vllm import read_row
+    if Path(model).suffix == '.gguf': from simpledeco.fold_gguf import fold_gguf as write
+    else: from simpledeco.fold import fold as write
     logging.disable_progress_bar()
-    made = read_json(write(head, model, out, row=row, scale=scale, other_model=other_model)/SETTINGS)
-    console.print(f'{out}: T = logit {made["row"]:,} {made["b"]:+.4f}, to {made["error"]:.1e} in {made["dtype"]}')
+    made = read_row(write(head, model, out, row=row, scale=scale, other_model=other_model))
+    moved = f'; the output matrix is in {made["dtype"]} now, other logits move by up to {made["others"]:.1e}' if made.get('others') else ''
+    console.print(f'{out}: T = logit {made["row"]:,} {made["b"]:+.4f}, to {made["error"]:.1e} in {made["dtype"]}{moved}')
 
 # %% ../nbs/35_cli.ipynb #compare-table
 def _compared_table(found, samples):
