@@ -1,5 +1,5 @@
 "The real pipeline, in the smoke profile, in a clone, from nothing to the PDF"
-import json
+import json, re
 
 import pytest, yaml
 from conftest import run
@@ -31,6 +31,10 @@ def test_pipeline_ends_in_a_paper(finished):
     assert f'{tokens:,}' in text, 'the PDF shows the numbers of the profile that it cites'
     log = (folder/'paper/main.log').read_text(errors='replace')
     assert 'undefined' not in log
+    last = re.search(r'newlabel\{lastpage\}\{\{[^}]*\}\{(\d+)\}', (folder/'paper/main.aux').read_text())[1]
+    assert int(last) <= 9, 'the main text has at most nine pages, references and appendix after it'
+    wide = [float(x) for x in re.findall(r'Overfull .hbox .([\d.]+)pt', log)]
+    assert not [x for x in wide if x > 3], 'a line or a table is wider than the text'
 
 
 def test_the_bundle_for_arxiv_needs_pdflatex_alone(finished, tmp_path):

@@ -5,9 +5,9 @@ import nbformat, pytest, yaml
 from conftest import ROOT, run
 
 from simpledeco.study.corpora import CORPORA
-from simpledeco.study.paper import numbers_tex, readme, used_numbers
+from simpledeco.study.paper import ESTIMATES, numbers_tex, paper_numbers, readme, source_of, used_numbers
 from simpledeco.study.pipeline import check_pipeline, import_graph, parameters, reached
-from simpledeco.study.results import all_numbers, check_stamp
+from simpledeco.study.results import check_stamp
 from simpledeco.study.rungs import asks
 from simpledeco.study.settings import check_params, load_params, load_profile
 from simpledeco.study.texts import test_prompts as prompts_of
@@ -127,28 +127,98 @@ def test_no_private_name_crosses_a_module():
 
 def test_every_number_of_the_paper_was_produced_by_a_stage():
     made = (ROOT/'paper/numbers.tex').read_text()
-    assert made == numbers_tex(ROOT/'paper', all_numbers(ROOT)), 'run `dvc repro`'
+    assert made == numbers_tex(ROOT/'paper', paper_numbers(ROOT)), 'run `dvc repro`'
     lines = [l for l in made.splitlines() if l.startswith(r'\defnumber')]
     assert len(lines) == len(used_numbers(ROOT/'paper')) > 20
-    for line in lines: assert (ROOT/re.fullmatch(r'.* % (results/[\w-]+/\w+\.json)', line)[1]).exists()
+    for line in lines: assert (ROOT/re.fullmatch(r'.* % ((results/[\w-]+|benchmarks)/\w+\.json)', line)[1]).exists()
 
 
 def test_the_long_results_are_those_of_their_run(): check_stamp(ROOT/'results/full')
 
 
+SECTIONS = {f.stem: f.read_text(encoding='utf-8') for f in sorted((ROOT/'paper/sections').glob('*.tex'))}
+FLOAT = re.compile(r'\\begin\{(figure|table)\}.*?\\end\{\1\}', re.S)
+uncommented = lambda text: re.sub(r'(?<!\\)%.*', '', text)
+FLOATS = [m[0] for text in SECTIONS.values() for m in FLOAT.finditer(text)]
+
+
 def test_the_paper_types_no_results_by_hand():
-    text = '\n'.join(p.read_text() for p in (ROOT/'paper/sections').glob('*.tex'))
-    text = re.sub(r'\\(num|pct|cite\w*|cref|label|ref|input|includegraphics(\[[^\]]*\])?)\{[^}]*\}|%.*',
-                  '', text)
+    text = '\n'.join(SECTIONS.values())
+    text = re.sub(r'\\(num|pct|est|gain|cite\w*|cref|label|ref|input|includegraphics(\[[^\]]*\])?)\{[^}]*\}', '', uncommented(text))
     assert not re.findall(r'(?<![\w.$=])(?:0?\.\d{3,}|\d+\.\d+\s*\\%)', text)
 
 
 def test_figures_and_tables_used_are_committed_outputs():
-    text = '\n'.join(p.read_text() for p in (ROOT/'paper/sections').glob('*.tex'))
-    used = re.findall(r'\\includegraphics(?:\[[^\]]*\])?\{([^}]*)\}', text)
-    used += [f'{t}.tex' for t in re.findall(r'\\input\{(tables/[^}]*)\}', text)]
+    used = drawn_in('\n'.join(SECTIONS.values()))
     assert len(used) >= 4
     for name in used: assert (ROOT/'paper'/name).exists(), name
+
+
+def drawn_in(text): # the generated files that a piece of the paper shows
+    text = uncommented(text)
+    return (re.findall(r'\\includegraphics(?:\[[^\]]*\])?\{([^}]*)\}', text)
+            + [f'{t}.tex' for t in re.findall(r'\\input\{(tables/[^}]*)\}', text)])
+
+
+def label_of(piece): return re.search(r'\\label\{([^}]*)\}', piece)[1]
+
+
+def files_of(piece): # the files of results that a caption names
+    return {source_of(f'{profile}:{stage}') for stage,profile in re.findall(r'\\source\{([^}]*)\}\{([^}]*)\}', piece)}
+
+
+def numbers_in(text): return re.findall(r'\\(num|pct|est|gain)\{([^}]+)\}', text)
+
+
+@pytest.mark.parametrize('piece', FLOATS, ids=label_of)
+def test_a_caption_names_the_results_that_it_shows(piece):
+    "Stage and profile, with a file that exists, and of the same profile as the generated files that are shown"
+    caption = piece[piece.index(r'\caption'):]
+    files = files_of(uncommented(caption))
+    assert files, 'no \\source{stage}{profile} in the caption'
+    for f in files: assert (ROOT/f).exists(), f
+    assert {f.split('/')[1] for f in drawn_in(piece)} <= {f.split('/')[1] for f in files}
+    missing = {source_of(k) for _,k in numbers_in(piece)} - files
+    assert not missing, f'numbers of {missing}, which the caption does not name'
+
+
+def sentences_of(text): # lines of prose, without floats and commands that stand alone
+    lines = [l.strip() for l in FLOAT.sub('', text).splitlines()]
+    return [l for l in lines if l and not re.fullmatch(r'(\\(begin|end|section|label)\{[^}]*\})+', l)]
+
+
+@pytest.mark.parametrize('name', ['abstract', 'introduction', 'conclusion'])
+def test_each_sentence_that_claims_something_names_its_source(name):
+    """One sentence a line; its comment names labels, or says that it claims nothing. A number is in the file of results of a
+    table or figure that is named"""
+    labels = set(re.findall(r'\\label\{([^}]*)\}', '\n'.join(SECTIONS.values())))
+    floats = {label_of(f): files_of(f) for f in FLOATS}
+    for line in sentences_of(SECTIONS[name]):
+        said, _, comment = line.partition(' % ')
+        assert not re.search(r'[a-z}]\. [A-Z\\]', said), f'two sentences on a line: {line}'
+        if comment == 'no claim':
+            assert not numbers_in(said), f'a number is a claim: {line}'
+            continue
+        assert comment.startswith('from: '), f'no source: {line}'
+        named = comment.removeprefix('from: ').split(', ')
+        assert set(named) <= labels, f'no such label: {line}'
+        files = set().union(*(floats.get(x, set()) for x in named))
+        missing = {source_of(k) for _,k in numbers_in(said)} - files
+        assert not missing, f'{line}\nhas numbers of {missing}, of which no table or figure is named'
+
+
+@pytest.mark.parametrize('name', SECTIONS)
+def test_no_paragraph_carries_more_than_six_numbers(name):
+    for paragraph in re.split(r'\n\s*\n', FLOAT.sub('', SECTIONS[name])):
+        count = sum(3 if macro in ESTIMATES else 1 for macro,_ in numbers_in(paragraph))
+        assert count <= 6, f'{count} numbers: {paragraph[:200]}'
+
+
+def test_every_work_that_is_cited_is_in_the_bibliography_and_none_else():
+    cited = {k.strip() for text in [*SECTIONS.values(), *(f.read_text() for f in (ROOT/'paper/tables').rglob('*.tex'))]
+             for keys in re.findall(r'\\[cC]ite\w*\{([^}]*)\}', text) for k in keys.split(',')}
+    listed = re.findall(r'^@\w+\{([^,]+),', (ROOT/'paper/references.bib').read_text(encoding='utf-8'), re.M)
+    assert len(listed) == len(set(listed)) and set(listed) == cited, cited ^ set(listed)
 
 
 def test_nothing_speaks_of_one_machine():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from .paper import normalise
+from .paper import CITED, normalise
 from .results import results_folder, stamp
 from .settings import load_params, project_root
 
@@ -159,7 +159,8 @@ def paper(root, graph): # the stages after all profiles
     code = [f'{m.replace(".", "/")}.py' for m in sorted(reached(graph, ['simpledeco.study.paper']))]
     return dict(
         numbers=dict(cmd='python -m simpledeco.study.paper --numbers',
-                     deps=[*text, 'results/embedded', *(f'results/{p}/run.json' for p in PRINTED), *code],
+                     deps=[*text, 'results/embedded', *(f'results/{p}/run.json' for p in PRINTED),
+                           *(f'benchmarks/{x}.json' for x in CITED), *code],
                      outs=[{'paper/numbers.tex': dict(cache=False)}]),
         paper=dict(cmd='cd paper && latexmk -pdf -interaction=nonstopmode -halt-on-error main.tex',
                    deps=[*text, 'paper/references.bib', 'paper/numbers.tex', *drawn],
