@@ -256,6 +256,7 @@ def fold(
     if Path(model).suffix == '.gguf': raise ValueError(f'{model} is a GGUF file: use `fold_gguf`')
     out, source = Path(out), model_source(model)
     check_out(out, scale)
+    if out.suffix == '.gguf': raise ValueError(f'{out} would be a folder: a GGUF file is made of a GGUF file')
     if (source/SETTINGS).exists():
         raise ValueError(f'{source} has a row of a head already: name the folder of the model itself')
     head = TemperatureHead.from_pretrained(head)
