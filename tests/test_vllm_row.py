@@ -209,7 +209,8 @@ def test_a_scale_that_is_none(bad, ours, prompts):
     ('older', 'folded', dict(speculative_config=SPECULATION), 'not supported when speculative decoding is enabled'),
     ('older', MODEL, {}, 'has no row of a head')])
 def test_what_is_refused_when_the_engine_starts(folded, runner, model, kw, message):
-    code = (f'import vllm\nif __name__ == "__main__": vllm.LLM({str(folded[1] if model == "folded" else model)!r}, **{SETTINGS!r}, **{kw!r})')
+    where = str(folded[1] if model == 'folded' else model)
+    code = f'import vllm\nif __name__ == "__main__": vllm.LLM({where!r}, **{SETTINGS!r}, **{kw!r})'
     env = os.environ | dict(VLLM_USE_V2_MODEL_RUNNER='0', VLLM_ENABLE_V1_MULTIPROCESSING='0')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
     assert done.returncode and message in done.stderr
