@@ -558,10 +558,11 @@ def evaluate(context:typer.Context, head:Head, model:Model, scale:Scale=1.0):
 # %% ../nbs/35_cli.ipynb #dbd6b93e
 @app.command('serve-dir', epilog='Example: `simpledeco serve-dir heads/qwen '
              'Qwen/Qwen2.5-0.5B-Instruct served/qwen && vllm serve served/qwen`')
-def serve_dir(head:Head, model:Model, out:Out, scale:Scale=1.0, other_model:OtherModel=False):
+def serve_dir(head:Head, model:Model, out:Out, scale:Scale=1.0, other_model:OtherModel=False,
+              own_min_p:Annotated[bool, typer.Option('--own-min-p', help='min-p without a vLLM parameter, for speculation')]=False):
     "Write a folder that `vllm serve` loads: links to the model, and the head."
     from simpledeco import vllm
-    vllm.serve_dir(head, model, out, scale=scale, other_model=other_model)
+    vllm.serve_dir(head, model, out, scale=scale, own_min_p=own_min_p, other_model=other_model)
     console.print(f'{out}: ready for vllm serve {out}')
 
 # %% ../nbs/35_cli.ipynb #cli-fold

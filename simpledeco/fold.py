@@ -209,7 +209,7 @@ def probe(
     model, # a causal language model of transformers
     tokenizer,
 )->tuple: # hidden states [N, d] and logits [N, V]
-    "What the output matrix reads [N, d] at each token of a short text, and what it gives [N, V]. Raises `ValueError` for a text of no tokens"
+    "What the output matrix reads [N, d] at each token of a short text, and what it gives [N, V]"
     ids = torch.tensor([tokenizer(PROBE).input_ids], dtype=torch.long, device=model.get_input_embeddings().weight.device)
     if not ids.numel():
         raise ValueError(f'the tokenizer of {type(model).__name__} makes no tokens of plain '
@@ -256,6 +256,7 @@ def fold(
     if Path(model).suffix == '.gguf': raise ValueError(f'{model} is a GGUF file: use `fold_gguf`')
     out, source = Path(out), model_source(model)
     check_out(out, scale)
+    if out.suffix == '.gguf': raise ValueError(f'{out} would be a folder: a GGUF file is made of a GGUF file')
     if (source/SETTINGS).exists():
         raise ValueError(f'{source} has a row of a head already: name the folder of the model itself')
     head = TemperatureHead.from_pretrained(head)

@@ -163,6 +163,7 @@ def fold_gguf(
     "What `fold` does with a GGUF file. Raises `ValueError` when head and model do not fit"
     out, head = Path(out), TemperatureHead.from_pretrained(head)
     check_out(out, scale)
+    if out.suffix != '.gguf': raise ValueError(f'{out} does not end in .gguf, as what is made of a GGUF file must')
     linear_row(head) # raises for a head that is no row
     reader = _reader(Path(model))
     row = _free(reader, row)

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .conversations import end_tokens, prompt_ids
-from .decode import check_plain_logits, divisor, NEUTRAL, OFF
+from .decode import check_plain_logits, divisor, min_p_filter, NEUTRAL, OFF
 from .files import read_json
 from .head import check_fits, TemperatureHead
 from .model import alike, load_model, read_output
@@ -35,6 +35,7 @@ class WithHead:
     def __init__(self, *, vllm_config, prefix=''):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._temperature = load_head(vllm_config.model_config, vllm_config.device_config.device)
+        self._min_p = vllm_config.model_config.hf_config.simpledeco.get('min_p')
 
     def compute_logits(self, hidden_states, *args, **kwargs):
         logits = super().compute_logits(hidden_states, *args, **kwargs)
@@ -42,7 +43,8 @@ class WithHead:
         T = divisor(logits, hidden_states, *self._temperature)
         # in place where it can be: memory for all the logits of a batch costs more than the
         # division
-        return logits.div_(T) if logits.dtype == torch.float32 else logits/T
+        logits = logits.div_(T) if logits.dtype == torch.float32 else logits/T
+        return logits if self._min_p is None else min_p_filter(logits, self._min_p)
 
     @property
     def compute_logits_local(self): raise AttributeError('a head needs all of the vocabulary')
@@ -93,6 +95,7 @@ def serve_dir(
     out:str|Path, # folder to write; must not exist
     *,
     scale:float=1.0, # multiplies every temperature
+    own_min_p:bool=False, # let the class apply min-p, for speculative decoding
     other_model:bool=False, # accept a model that the head was not trained for, without looking at it
 )->Path: # the folder
     """Write a folder for `vllm serve`. Raises `ValueError` when head and model do not fit or the
@@ -101,7 +104,7 @@ def serve_dir(
     if out.exists(): raise ValueError(f'{out} exists: choose another folder or delete it')
     if not scale > 0: raise ValueError(f'scale is {scale!r}: it must be a positive number')
     head = TemperatureHead.from_pretrained(head)
-    files = _own_files(source, head, scale)
+    files = _own_files(source, head, scale, own_min_p)
     if not other_model: _check(source, head)
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix='.tmp-'))
@@ -138,7 +141,7 @@ def _reads_last_hidden(model):
     return last is not None and last[0].shape == read.shape and alike(read, last[0], model.dtype)
 
 # %% ../nbs/33_vllm.ipynb #cf434593
-def _own_files(source, head, scale):
+def _own_files(source, head, scale, own_min_p):
     "The two files that differ from the model's"
     read = (lambda name, other: json.loads((source/name).read_text(encoding='utf-8'))
             if (source/name).exists() else other)
@@ -151,8 +154,10 @@ def _own_files(source, head, scale):
     ends = {k: v for k,v in (config.get('text_config', {}) | config).items()
             if k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
     content = {k: v for k,v in read('generation_config.json', ends).items() if k not in OFF}
-    return {'config.json': config | dict(architectures=[PREFIX + name], simpledeco=dict(scale=scale)),
-            'generation_config.json': content | NEUTRAL | dict(do_sample=True, min_p=head.min_p)}
+    own, asked = dict(scale=scale), dict(min_p=head.min_p)
+    if own_min_p: own, asked = own | asked, dict(min_p=0.0)
+    return {'config.json': config | dict(architectures=[PREFIX + name], simpledeco=own),
+            'generation_config.json': content | NEUTRAL | dict(do_sample=True) | asked}
 
 # %% ../nbs/33_vllm.ipynb #d55eb898
 def _fill(folder, source, head, files):

@@ -215,9 +215,10 @@ def test_fold_writes_a_checkpoint_and_refuses_what_is_no_row(work):
     for arguments, message in ((['linear', MODEL, 'folded'], 'folded exists'), (['head', MODEL, 'x'], 'only a linear head'),
                                (['linear', MODEL, 'x', '--row', '5'], 'row 5 is that of'),
                                (['linear', 'folded', 'x'], 'has a row of a head already'),
-                               (['linear', 'none.gguf', 'x'], 'there is no file none.gguf')):
+                               (['linear', 'none.gguf', 'x.gguf'], 'there is no file none.gguf'),
+                               (['linear', 'none.gguf', 'x'], 'does not end in .gguf'), (['linear', MODEL, 'x.gguf'], 'would be a folder')):
         check_one_line(simpledeco('fold', *arguments, cwd=work, check=False), message)
-        assert not (work/'x').exists()
+        assert not (work/'x').exists() and not (work/'x.gguf').exists()
 
 
 @pytest.fixture(params=[False, True], ids=['unreachable', 'offline'])

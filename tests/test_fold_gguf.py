@@ -152,7 +152,8 @@ def test_a_row_that_texts_use(row, message, made, tmp_path):
 
 
 def test_an_output_matrix_that_cannot_take_the_row(made, tmp_path):
-    whole = lambda name, data, kind: ({name: (np.zeros((49152, 576), np.int8), TYPES.I8)} if name == 'token_embd.weight' else {name: (data, kind)})
+    odd = (np.zeros((49152, 576), np.int8), TYPES.I8)
+    whole = lambda name, data, kind: {name: odd if name == 'token_embd.weight' else (data, kind)}
     with pytest.raises(ValueError, match='is I8, which cannot take a row'): fold(made[2], cut(tmp_path/'m.gguf', whole), tmp_path/'x.gguf')
 
 
@@ -160,7 +161,8 @@ def test_files_that_are_damaged(made, tmp_path):
     data = made[0].read_bytes()
     for name,content in dict(empty=b'', text=b'GGUF is a format', head=data[:40], half=data[:len(data)//2]).items():
         (tmp_path/f'{name}.gguf').write_bytes(content)
-        with pytest.raises(ValueError, match='is damaged or no GGUF file|cannot read'): fold(made[2], tmp_path/f'{name}.gguf', tmp_path/'x.gguf')
+        with pytest.raises(ValueError, match='is damaged or no GGUF file|cannot read'):
+            fold(made[2], tmp_path/f'{name}.gguf', tmp_path/'x.gguf')
     with pytest.raises(ValueError, match='neither output.weight nor token_embd.weight'):
         fold(made[2], cut(tmp_path/'m.gguf', lambda n, d, k: {} if n == 'token_embd.weight' else {n: (d, k)}), tmp_path/'x.gguf')
     with pytest.raises(ValueError, match='has a bias beside it'):

@@ -48,7 +48,14 @@ def engine(folded, runner, **kw):
     return vllm.LLM(str(folded[1]), **SETTINGS, **kw)
 
 
-@pytest.fixture(scope='module', params=['older', 'V2', 'V2, speculating'])
+def runners():
+    "The older runner loads no processor when it speculates; Model Runner V2 does, and runs where there is Triton"
+    from vllm.triton_utils import HAS_TRITON
+    without = pytest.mark.skipif(not HAS_TRITON, reason='Model Runner V2 needs Triton, which is not made for this machine')
+    return ['older', *(pytest.param(x, marks=without) for x in ('V2', 'V2, speculating'))]
+
+
+@pytest.fixture(scope='module', params=runners())
 def ours(request, folded):
     speculates = dict(speculative_config=SPECULATION) if 'speculating' in request.param else {}
     yield engine(folded, request.param.split(',')[0], logprobs_mode='processed_logprobs', **speculates)
@@ -169,6 +176,30 @@ def test_structured_output_is_drawn_without_a_head(reference, ours, prompts):
     assert set(drawn) <= set(words)
 
 
+def test_one_class_serves_both_interfaces(folded):
+    "As vLLM's own loaders find it by its name, in the process that takes requests and in the one that runs the model"
+    from types import SimpleNamespace
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns
+    from vllm.v1.worker.gpu.sample.logits_processor.loader import (build_custom_logits_processors_params_validator,
+                                                                   _load_v2_logitsprocs_by_fqcns)
+    names = SETTINGS['logits_processors']
+    (made,), (older,) = _load_v2_logitsprocs_by_fqcns(names), _load_logitsprocs_by_fqcns(names)
+    assert made is older
+    check = build_custom_logits_processors_params_validator(names)
+    check(vllm.SamplingParams(extra_args=dict(head_scale=.5)))
+    with pytest.raises(VLLMValidationError, match='head_scale is'): check(vllm.SamplingParams(extra_args=dict(head_scale=-1)))
+    config = SimpleNamespace(model_config=SimpleNamespace(model=str(folded[1])))
+    new = made(config, SimpleNamespace(max_num_reqs=4, device=torch.device('cpu')))
+    assert new.add_request(2, vllm.SamplingParams(temperature=2., extra_args=dict(head_scale=.5)))
+    new.apply_staged_writes()
+    s, z = read_row(folded[1]), torch.randn(2, 49153)
+    found = new.apply(z.clone(), SimpleNamespace(expanded_idx_mapping=torch.tensor([2, 2]))) # as when a token is speculated
+    x = z/(.5*s['scale']*(z[:, s['row'], None] + s['b']).clamp(s['t_min'], s['t_max']))
+    x[:, s['row']] = -torch.inf
+    torch.testing.assert_close(found/2., min_p_filter(x/2., s['min_p']))
+
+
 @pytest.mark.parametrize('bad', [-1, 'hot', True])
 def test_a_scale_that_is_none(bad, ours, prompts):
     with pytest.raises(ValueError, match='head_scale is'): write(ours, prompts[:1], extra_args=dict(head_scale=bad))
@@ -178,7 +209,8 @@ def test_a_scale_that_is_none(bad, ours, prompts):
     ('older', 'folded', dict(speculative_config=SPECULATION), 'not supported when speculative decoding is enabled'),
     ('older', MODEL, {}, 'has no row of a head')])
 def test_what_is_refused_when_the_engine_starts(folded, runner, model, kw, message):
-    code = (f'import vllm\nif __name__ == "__main__": vllm.LLM({str(folded[1] if model == "folded" else model)!r}, **{SETTINGS!r}, **{kw!r})')
+    where = str(folded[1] if model == 'folded' else model)
+    code = f'import vllm\nif __name__ == "__main__": vllm.LLM({where!r}, **{SETTINGS!r}, **{kw!r})'
     env = os.environ | dict(VLLM_USE_V2_MODEL_RUNNER='0', VLLM_ENABLE_V1_MULTIPROCESSING='0')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
     assert done.returncode and message in done.stderr
