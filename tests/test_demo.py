@@ -24,7 +24,7 @@ ASK = """(values => {
   for (const k in values) form.elements[k].value = values[k]
   form.requestSubmit()
 })(%s)"""
-MODEL, MOST = ROOT/'models/embedded', 24
+MODEL, MOST = ROOT/'models/embedded', 12
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +35,7 @@ def served():
         said = process.stdout.readline()
         yield re.match(r'http://127\.0\.0\.1:\d+/', said)[0]
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130 and process.stderr.read() == ''
+        assert process.wait(300) == 130 and process.stderr.read() == ''
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +48,7 @@ def page(served, tmp_path_factory):
 
 
 def wait(page, condition):
-    for _ in range(1200):
+    for _ in range(6000): # a busy machine is slow
         if page.js(condition): return
         time.sleep(.05)
     pytest.fail(f'{condition} did not come true')
