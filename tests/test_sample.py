@@ -11,6 +11,7 @@ from scipy.stats import chi2_contingency
 
 from simpledeco.model import load_model
 from simpledeco.sample import constant, sample
+from simpledeco.study.decoders import at, Pool
 
 ASKED = ('Hi!', 'What is the capital of Norway?',
          'Continue this story: it was a dark and stormy night, and')
@@ -54,6 +55,16 @@ def test_a_seed_gives_the_same_texts_in_any_batch(smoke, rows):
     assert tokens(usual) == tokens(other)
     assert all(abs(a.nll - b.nll) < 1e-4 for name in RULES for x,y in zip(usual[name], other[name])
                for a,b in zip(x, y))
+
+
+def test_a_rule_that_draws_draws_the_same_in_any_batch(smoke):
+    pool = Pool(None, torch.linspace(0, 9, 9), [torch.tensor([.2, .7, 1.1, 1.6])]*10, ())
+    rules = dict(RULES, drawn=at(pool.draw, .1))
+    first, other = (tokens(sample(*smoke, TALKS, rules, 3, 12, rows=r, progress=False))['drawn'] for r in (64, 3))
+    seen = []
+    sample(*smoke, TALKS, dict(drawn=at(lambda step: seen.extend(pool.draw(step).tolist()) or torch.ones(len(step.rows)), .1)),
+           3, 12, progress=False)
+    assert first == other and {round(t, 1) for t in seen} == {.2, .7, 1.1, 1.6}
 
 
 def test_another_decoder_or_prompt_changes_nothing(smoke):

@@ -10,8 +10,10 @@ __all__ = ['FAMILIES', 'STAGES', 'every', 'STATIC', 'RULES', 'CONTROLS', 'text',
            'asks', 'question_mark', 'says', 'drawn', 'at_first', 'table_of', 'shown', 'marks']
 
 # %% ../../nbs/12_decoders.ipynb #decoders-imports
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 
 import torch
 
@@ -97,9 +99,13 @@ class Pool:
     bins:list # the temperatures of each of the 10 bins
     autodeco:tuple # mean temperature and mean top-p of AutoDeco on the same tokens
 
-    def draw(self, entropy): # [R] -> [R]
-        places = torch.bucketize(entropy, self.edges).tolist()
-        return torch.stack([self.bins[i][torch.randint(len(self.bins[i]), ())] for i in places])
+    def draw(self, step): # Step -> [R]
+        "For each text one of the temperatures in the bin of its entropy"
+        drawn, places = step.state.setdefault('drawn', Counter()), torch.bucketize(entropy_of(step), self.edges)
+        rows, bins = step.rows.tolist(), [self.bins[i] for i in places.tolist()]
+        found = [b[Random(f'{row} {drawn[row]}').randrange(len(b))] for row,b in zip(rows, bins)]
+        drawn.update(rows)
+        return torch.stack(found)
 
 # %% ../../nbs/12_decoders.ipynb #decoders-temperature-pool
 def temperature_pool(
@@ -191,7 +197,7 @@ def says(c, name):
 
 def drawn(c):
     "The head's temperatures, each at a random token of similar entropy"
-    return at(lambda step: c.pool.draw(entropy_of(step)), c.min_p)
+    return at(c.pool.draw, c.min_p)
 
 def at_first(head, scale, min_p):
     "The head's temperature at the first token, for the whole answer"

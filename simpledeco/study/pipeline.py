@@ -106,6 +106,7 @@ ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}'
                    ('rungs', 'rungs_gains'))]
 # the long profiles and their stages
 LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks'),
+        'gemma': ('model', 'prescan', 'train', 'evaluate', 'contract', 'cost', 'answers', 'ladder', 'rungs'),
         'rungs': ('model', 'rungs'), 'rungs-gpu': ('model', 'rungs')}
 PRINTED = ('full', 'rungs') # the long profiles whose results stand in the paper
 

@@ -102,7 +102,7 @@ def word_problems(p:SimpleNamespace)->list: # prompts, judged by the last number
                          answer=[x['messages'][1]['content'].split('####')[1].strip()], check='number')
     return [ask(x) for x in found[::max(1, len(found)//p.test_prompts)]]
 
-def model_name(p): return Path(p.model.split(':')[-1].split('@')[0]).name.removesuffix('.gguf')
+def model_name(p): return Path(p.model.split(':')[-1].split('@')[0]).name.split('.gguf')[0]
 
 # %% ../../nbs/44_profiles.ipynb #71573ade
 def sample_table(

@@ -8,7 +8,7 @@ who chooses, what it looks at, and the one number by which each is made stronger
 __all__ = ['QUESTION_WORDS', 'WARM', 'HOT', 'TIMES', 'STATIC_RUNGS', 'RULE_RUNGS', 'LEARNED_RUNGS', 'OUR_RUNGS', 'CONTROL_RUNGS',
            'ORACLE_RUNGS', 'LEARNS', 'EXACT', 'RUNGS', 'Asked', 'asks_a_fact', 'fit_probe', 'value_temperature',
            'two_sided', 'cross_entropy', 'fit_rungs', 'fit_probes', 'rated', 'mean_temperatures', 'rung', 'cut',
-           'greedy_below', 'running_mean', 'learned_switch', 'given_value']
+           'greedy_below', 'running_mean', 'learned_switch', 'given_value', 'rungs_of']
 
 # %% ../../nbs/52_rungs.ipynb #rungs-imports
 import math
@@ -271,3 +271,13 @@ EXACT = ('static, min-p', 'static, top-p', 'p-less', 'EDT', 'training-free', 'by
          'by prompt', 'first token', 'both sides', 'cross-entropy',
          'given a value', 'AutoDeco') # those that are walked down a tree of valid names
 RUNGS = table_of([*STATIC_RUNGS, *RULE_RUNGS, *LEARNED_RUNGS, *OUR_RUNGS, *CONTROL_RUNGS, *ORACLE_RUNGS])
+
+# %% ../../nbs/52_rungs.ipynb #rows-of
+def rungs_of(
+    p, # a profile, from load_profile
+)->dict: # {name: rung}
+    "The rungs that a profile samples. Raises `ValueError` for one that there is not"
+    names = [x.strip() for x in p.rungs.split(';')] if p.rungs else [*RUNGS]
+    unknown = [x for x in names if x not in RUNGS]
+    if unknown: raise ValueError(f'settings.ini [{p.name}] rungs: {", ".join(unknown)} is none of {"; ".join(RUNGS)}')
+    return {x: RUNGS[x] for x in names}

@@ -29,11 +29,12 @@ def project_root(
                             'this inside a clone of simpledeco')
 
 # %% ../../nbs/40_settings.ipynb #d7a942d5
-PROFILE_KEYS = dict(model=str, sha256=str, max_examples=int, prompts=int, test_prompts=int, samples=int,
+PROFILE_KEYS = dict(model=str, sha256=str, template=str, stop=str, max_examples=int, prompts=int, test_prompts=int, samples=int,
                     seeds=int, device=str, dtype=str, batch_tokens=int, shard_examples=int,
                     max_tokens=int,
                     corpora=str, reward_model=str, families=str, primary=str, fresh=str, secondary=str,
-                    unrelated=str, open=str, answer_tokens=int, open_tokens=int, open_test_tokens=int)
+                    unrelated=str, open=str, answer_tokens=int, open_tokens=int, open_test_tokens=int,
+                    tasks=str, rungs=str)
 
 # %% ../../nbs/40_settings.ipynb #829fbfdb
 def load_profile(
@@ -72,7 +73,7 @@ def _typed(profile, key, text):
                          f'of type {PROFILE_KEYS[key].__name__}') from None
     if isinstance(value, int) and value < 1:
         raise ValueError(f'settings.ini [{profile}] {key} = {text!r} must be positive')
-    return value
+    return value.replace('\\n', '\n') if key == 'stop' else value
 
 # %% ../../nbs/40_settings.ipynb #families
 def families(

@@ -28,11 +28,15 @@ BUDGET = dict(facts=SHORT, plain=SHORT, creative=LONG, openly=LONG, inside=LONG)
 def plan(
     p, # a profile, from load_profile
 )->dict: # {task: prompts}
-    "The test prompts of each task; valid sets are left to the ladder, where they are exact"
+    """The test prompts of the tasks that a profile names, or of all. Valid sets are left to the ladder, where they are exact.
+    Raises `ValueError` for a task that there is not"""
     of = lambda most, split, *corpora: task_prompts(p, most, split, corpora)
     most = p.test_prompts
-    return dict(facts=of(most, 'test', *p.primary.split()), plain=of(2*most, 'test', 'plain'), creative=of(2*most, 'test', p.open),
+    found = dict(facts=of(most, 'test', *p.primary.split()), plain=of(2*most, 'test', 'plain'), creative=of(2*most, 'test', p.open),
                 openly=of(2*most, 'test', 'openly'), inside=of(1000, 'test', 'inside'))
+    unknown = [x for x in p.tasks.split() if x not in found]
+    if unknown: raise ValueError(f'settings.ini [{p.name}] tasks: {", ".join(unknown)} is none of {" ".join(found)}')
+    return {k: x for k,x in found.items() if not p.tasks or k in p.tasks.split()}
 
 
 def known(inside, asked, said): # the prompts about places whose capital is known, all forms mixed

@@ -1,0 +1,134 @@
+"Real generation from a folded GGUF file in llama.cpp: run by `make test-llama`, in an environment of its own"
+import json
+
+import numpy as np, pytest, torch
+from conftest import ROOT
+from scipy.stats import chisquare
+
+from simpledeco.decode import min_p_filter
+from simpledeco.fold_gguf import fold_gguf as fold, llama_sampling, load_gguf
+from simpledeco.head import TemperatureHead
+from simpledeco.model import fingerprint, read_output
+from simpledeco.study.models import package_file
+from simpledeco.study.settings import load_profile
+from simpledeco.vllm import read_row
+
+llama_cpp = pytest.importorskip('llama_cpp', reason='run `make test-llama`')
+SMOL = package_file(load_profile('embedded', ROOT).model.removeprefix('package:'))
+PROMPTS = ['What is the capital of France?', 'Write the first line of a poem.', 'What is 17 + 25?', 'Tell me a surprising fact.']
+
+
+@pytest.fixture(scope='module')
+def reference(): return load_gguf(SMOL)
+
+
+@pytest.fixture(scope='module')
+def folded(reference, tmp_path_factory):
+    "A head whose temperatures differ from token to token, and the file with its row"
+    work = tmp_path_factory.mktemp('llama')
+    torch.manual_seed(3)
+    head = TemperatureHead(576, width=0, reads='hidden', base_model=fingerprint(reference[0])).eval()
+    head.mean.fill_(1.); head.std.fill_(4.)
+    head.save_pretrained(work/'head')
+    return head, fold(work/'head', SMOL, work/'folded.gguf', scale=1.25)
+
+
+def engine(path): return llama_cpp.Llama(str(path), n_ctx=512, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, seed=1)
+
+
+@pytest.fixture(scope='module')
+def base(): return engine(SMOL)
+
+
+@pytest.fixture(scope='module')
+def ours(folded): return engine(folded[1])
+
+
+@pytest.fixture(scope='module')
+def prompts(reference):
+    ask = lambda p: reference[1].apply_chat_template([dict(role='user', content=p)], add_generation_prompt=True, tokenize=False)
+    return [reference[1](ask(p), add_special_tokens=False).input_ids for p in PROMPTS]
+
+
+def write(llm, ids, n, **kw):
+    "The ids of an answer"
+    llm.reset()
+    out = []
+    for token in llm.generate(ids, **kw):
+        out.append(token)
+        if len(out) == n or token == llm.token_eos(): return out
+
+
+def logits(llm, ids):
+    "Of every token of a text [n, V], as the engine computes them"
+    llm.reset(); llm.eval(ids)
+    return torch.tensor(np.array(llm.scores[:len(ids)]))
+
+
+def greedy(llm, ids, **kw): return write(llm, ids, 24, **kw | dict(temp=0.))
+
+
+def settings(llm, **kw):
+    "As for completions, whose `temperature` is the `temp` of `generate`"
+    asked = llama_sampling(llm, **kw)
+    return asked | dict(temp=asked.pop('temperature'))
+
+
+def test_the_file_loads_with_a_vocabulary_as_long_as_its_matrix(base, ours, folded):
+    assert ours.n_vocab() == base.n_vocab() + 1 == 49153
+    assert json.loads(ours.metadata['simpledeco']) == read_row(folded[1])
+    text = b'<|temperature|> is what nobody writes'
+    assert ours.tokenize(text, add_bos=False, special=True) == base.tokenize(text, add_bos=False, special=True)
+
+
+def test_greedy_is_that_of_the_model(base, ours, prompts):
+    for ids in prompts: assert greedy(ours, ids, **settings(ours)) == greedy(base, ids)
+
+
+def test_all_other_logits_are_the_models(base, ours, prompts):
+    for ids in prompts: assert torch.equal(logits(ours, ids)[:, :-1], logits(base, ids))
+
+
+def test_temperatures_are_those_of_transformers(reference, folded, ours, prompts):
+    "llama.cpp multiplies in eight bits, so that hidden states, logits and T differ from those of float32"
+    model, head, s, off, T = reference[0], folded[0], read_row(folded[1]), [], []
+    for ids in prompts:
+        ids = ids + greedy(ours, ids, **settings(ours))
+        found = 1.25*(logits(ours, ids)[:, s['row']] + s['b']).clamp(s['t_min'], s['t_max'])
+        hidden, _, _ = read_output(model, lambda h: h[0], input_ids=torch.tensor([ids]))
+        T.append(1.25*head.temperature(hidden).detach())
+        off.append((found - T[-1]).abs())
+    off, T = torch.cat(off), torch.cat(T)
+    print(f'{len(off)} tokens, T from {T.min():.2f} to {T.max():.2f}: largest error {off.max():.4f}, median {off.median():.4f}')
+    assert T.std() > .1 and off.median() < .02 and off.max() < .2
+
+
+@pytest.mark.parametrize('scale', [1., 2.])
+def test_first_tokens_have_the_frequencies_that_they_should(folded, ours, prompts, scale):
+    "The head's temperature first, min-p after it: the opposite of llama.cpp's usual order"
+    s, n = read_row(folded[1]), 1024
+    z = logits(ours, prompts[1])[-1]
+    T = scale*s['scale']*(z[s['row']] + s['b']).clamp(s['t_min'], s['t_max'])
+    z[s['row']] = -torch.inf
+    p = min_p_filter(z/T, s['min_p']).softmax(-1)
+    ours.reset(); ours.eval(prompts[1])
+    drawn = torch.tensor([ours.sample(**settings(ours, scale=scale)) for _ in range(n)])
+    assert (p[drawn] > 0).all(), 'a token that min-p cuts was drawn'
+    untempered = min_p_filter(z, s['min_p'])
+    assert torch.isfinite(untempered).sum() != (p > 0).sum(), 'the order must matter here'
+    counts, common = drawn.bincount(minlength=len(p)), p*n >= 5
+    seen, wanted = counts[common].tolist(), (p[common]*n).tolist()
+    seen[-1] += n - sum(seen); wanted[-1] += n - sum(wanted)
+    assert len(seen) > 3 and chisquare(seen, wanted).pvalue > 1e-4
+
+
+def test_chat_completions(ours):
+    talk = [dict(role='user', content=PROMPTS[0])]
+    out = ours.create_chat_completion(talk, max_tokens=16, **llama_sampling(ours) | dict(temperature=0))
+    assert 'Paris' in out['choices'][0]['message']['content']
+    texts = {ours.create_chat_completion(talk, max_tokens=8, **llama_sampling(ours, scale=3.))['choices'][0]['message']['content'] for _ in range(6)}
+    assert len(texts) > 1
+
+
+def test_a_file_without_a_row(base):
+    with pytest.raises(ValueError, match='has no row of a head'): llama_sampling(base)

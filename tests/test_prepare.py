@@ -1,0 +1,85 @@
+"Base models and GGUF files, as a user makes folders of them"
+import json, shutil
+
+import pytest
+from safetensors.torch import load_file
+from test_cli import check_one_line, simpledeco
+from transformers import AutoTokenizer
+
+from conftest import ROOT
+from simpledeco.study.models import package_file
+from simpledeco.study.settings import load_profile
+from simpledeco.table import TokenTable
+
+SMOKE, GGUF = ROOT/'models/smoke', package_file(load_profile('embedded', ROOT).model.split(':')[1])
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    "A folder with questions, a base model, and what `prepare` makes of that and of a real GGUF file"
+    folder = tmp_path_factory.mktemp('prepare')
+    ask = lambda a, b: dict(messages=[dict(role='user', content=f'What is\n{a} + {b}?')], answer=str(a + b), split='train')
+    (folder/'sums.jsonl').write_text('\n'.join(json.dumps(ask(a, b)) for a in range(3) for b in range(2)))
+    shutil.copytree(SMOKE, folder/'base')
+    (folder/'base/chat_template.jinja').unlink()
+    (folder/'mute.jinja').write_text('{% for m in messages %}{{ m.content }}{% endfor %}')
+    for source,out in (('base', 'made'), (GGUF, 'real')):
+        simpledeco('prepare', source, out, '--chat-template', 'questions', '--stop', '\\n', cwd=folder)
+    return folder
+
+
+def test_the_weights_of_a_gguf_file_are_those_of_the_pipeline(work):
+    made, known = (load_file(f/'model.safetensors') for f in (work/'real', ROOT/'models/embedded'))
+    assert made.keys() == known.keys() and all((made[k] == known[k]).all() for k in made)
+
+
+def test_a_line_break_ends_an_answer_wherever_it_stands(work):
+    said = simpledeco('answer', 'real', 'answers', '--data', 'sums.jsonl', '--max-new-tokens', '24', cwd=work).stdout
+    tokenizer, table = AutoTokenizer.from_pretrained(work/'real'), TokenTable(work/'answers')
+    ends = {i for i in range(len(tokenizer)) if '\n' in tokenizer.decode([i])} | {tokenizer.eos_token_id}
+    answers = json.loads((work/'answers/answers.json').read_text())['examples']
+    assert len(ends) > 100 and sum(x['ended'] for x in answers) > 6, said
+    for x in answers:
+        text, last = tokenizer.decode(x['ids']), x['ids'][-1]
+        assert 'Question: What is ' in text and '\nAnswer:' in text
+        assert not {x['ids'][i] for i in x['where'][:-1]} & ends and (last in ends) == x['ended']
+    assert set(table['label'].tolist()) & ends
+    simpledeco('train', 'answers', 'head', '--steps', '20', cwd=work)
+    shown = simpledeco('generate', 'head', 'real', 'What is 1 + 1?', '--max-new-tokens', '30', cwd=work).stdout
+    assert len(shown.strip().splitlines()) == 1 and shown.strip()
+
+
+def test_reference_text_is_read_to_its_end(work):
+    talk = dict(messages=[dict(role='user', content='Who?'), dict(role='assistant', content='It is me,\nand you.')])
+    (work/'talk.jsonl').write_text(json.dumps(talk))
+    simpledeco('prescan', 'made', 'tokens', '--data', 'talk.jsonl', cwd=work)
+    tokenizer, table = AutoTokenizer.from_pretrained(work/'made'), TokenTable(work/'tokens')
+    assert tokenizer.decode(table['label'].tolist()) == ' It is me, and you.\n'
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['prescan', 'base', 'x', '--data', 'sums.jsonl'], '--chat-template questions'),
+    (['answer', GGUF, 'x', '--data', 'sums.jsonl'], 'is a GGUF file: `simpledeco prepare'),
+    (['prepare', 'base', 'made', '--chat-template', 'questions'], 'made exists'),
+    (['prepare', 'base', 'x', '--chat-template', 'nowhere.jinja'], 'no chat template nowhere.jinja'),
+    (['prepare', 'base', 'x'], 'pass a chat template'),
+    (['prepare', 'base', 'x', '--chat-template', 'questions'], '--stop TEXT'),
+    (['prepare', 'base', 'x', '--chat-template', 'mute.jinja', '--stop', '\\n'], 'pass a chat template'),
+    (['prepare', 'base', 'x', '--chat-template', 'questions', '--stop', 'Question: and'], 'no token contains the stop text'),
+    (['prepare', 'nowhere.gguf', 'x'], 'no file nowhere.gguf'),
+    (['prepare', 'empty.gguf', 'x'], 'is not a GGUF file'), (['prepare', 'cut.gguf', 'x'], 'cannot read cut.gguf'),
+    (['prepare', 'mute.gguf', 'x'], 'mute.gguf')])
+def test_what_cannot_be_asked_is_one_line(work, arguments, message):
+    (work/'empty.gguf').write_bytes(b'')
+    (work/'cut.gguf').write_bytes(GGUF.read_bytes()[:10_000_000])
+    _without_tokenizer(work/'mute.gguf')
+    check_one_line(simpledeco(*arguments, cwd=work, check=False), message)
+    assert not (work/'x').exists()
+
+
+def _without_tokenizer(file):
+    from gguf import GGUFWriter
+    writer = GGUFWriter(file, 'llama')
+    writer.add_block_count(0)
+    writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file()
+    writer.close()

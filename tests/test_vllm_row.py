@@ -1,0 +1,184 @@
+"A row of the output matrix in stock vLLM, read by a logits processor: run by `make test-vllm`"
+import json, math, os, subprocess, sys
+
+import pytest, torch
+from scipy.stats import chisquare
+from conftest import ROOT
+
+from simpledeco.decode import min_p_filter
+from simpledeco.fold import fold
+from simpledeco.head import TemperatureHead
+from simpledeco.model import fingerprint, load_model
+
+vllm = pytest.importorskip('vllm', reason='run `make test-vllm`')
+MODEL = ROOT/'models/embedded'
+# blocks of 32 and steps of at most 64 tokens, so that prompts share blocks and are read in pieces
+SETTINGS = dict(dtype='float32', max_model_len=512, max_num_seqs=64, max_num_batched_tokens=64, enforce_eager=True, block_size=32,
+                enable_prefix_caching=True, logits_processors=['simpledeco.vllm:RowTemperature'])
+SPECULATION = dict(method='ngram', num_speculative_tokens=3, prompt_lookup_max=3)
+os.environ |= dict(HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='1', VLLM_NO_USAGE_STATS='1')
+SHARED = 'You are a poet who answers in one line, in plain words, and never twice in the same way. ' * 3
+PROMPTS = [SHARED + p for p in ('What is the capital of France?', 'Write the first line of a poem.', 'What is 17 + 25?')]
+PROMPTS.append('red red blue red red blue red red blue red red') # an n-gram speculates well here
+
+
+@pytest.fixture(scope='module')
+def reference(): return load_model(MODEL)
+
+
+@pytest.fixture(scope='module')
+def prompts(reference):
+    ask = lambda p: reference[1].apply_chat_template([dict(role='user', content=p)], add_generation_prompt=True, tokenize=False)
+    return [ask(p) for p in PROMPTS]
+
+
+@pytest.fixture(scope='module')
+def folded(reference, tmp_path_factory):
+    "A head whose temperatures differ from token to token, and the folder with its row"
+    work = tmp_path_factory.mktemp('row')
+    torch.manual_seed(3)
+    head = TemperatureHead(576, width=0, reads='hidden', base_model=fingerprint(reference[0])).eval()
+    head.mean.fill_(1.); head.std.fill_(4.)
+    head.save_pretrained(work/'head')
+    return head, fold(work/'head', MODEL, work/'folded', scale=1.25)
+
+
+def engine(folded, runner, **kw):
+    os.environ['VLLM_USE_V2_MODEL_RUNNER'] = str(int(runner == 'V2'))
+    return vllm.LLM(str(folded[1]), **SETTINGS, **kw)
+
+
+@pytest.fixture(scope='module', params=['older', 'V2', 'V2, speculating'])
+def ours(request, folded):
+    speculates = dict(speculative_config=SPECULATION) if 'speculating' in request.param else {}
+    yield engine(folded, request.param.split(',')[0], logprobs_mode='processed_logprobs', **speculates)
+
+
+def expected(reference, head, prompt, ids, scale=1.25):
+    "What transformers makes of the same tokens: logits [n, V], temperatures [n]"
+    model, tokenizer = reference
+    start = tokenizer(prompt, add_special_tokens=False).input_ids
+    x, rows = torch.tensor([start + list(ids)]), slice(len(start) - 1, -1)
+    with torch.no_grad(): hidden, z = model.base_model(x).last_hidden_state[0, rows], model(x).logits[0, rows]
+    return z, scale*head.temperature(hidden).detach()
+
+
+def write(llm, prompts, **kw):
+    "The answers to each prompt: [outputs]"
+    params = vllm.SamplingParams(**dict(max_tokens=24) | kw)
+    return [o.outputs for o in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def recovered(z, steps):
+    "The temperature of each step, of the two most likely of its log-probabilities {id: value}"
+    T = []
+    for z_,found in zip(z, steps):
+        a, b = sorted((t for t in found if found[t] > -20), key=found.get)[-2:]
+        T.append((z_[b] - z_[a]).item()/(found[b] - found[a]))
+    return torch.tensor(T)
+
+
+def values(output): return [{t: x.logprob for t,x in step.items()} for step in output.logprobs]
+
+
+def test_greedy_is_that_of_the_model(reference, ours, prompts):
+    model, tokenizer = reference
+    for prompt,(out,) in zip(prompts, write(ours, prompts, temperature=0, max_tokens=32)):
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors='pt')
+        plain = model.generate(**ids, max_new_tokens=32, do_sample=False)[0, ids.input_ids.shape[1]:].tolist()
+        assert list(out.token_ids) == plain
+
+
+def test_temperatures_are_the_heads(reference, folded, ours, prompts):
+    "From the log-probabilities of what was sampled, several answers to each prompt"
+    seen = []
+    for prompt,group in zip(prompts, write(ours, prompts, n=3, logprobs=4, min_p=1e-6)):
+        for out in group:
+            z, T = expected(reference, folded[0], prompt, out.token_ids)
+            torch.testing.assert_close(recovered(z, values(out)), T, rtol=3e-3, atol=0)
+            seen.append(T)
+    assert torch.cat(seen).std() > .1, 'temperatures that are all alike would prove nothing'
+
+
+def drawn_first(llm, prompt, n=512, **kw):
+    return torch.tensor([o.token_ids[0] for g in write(llm, [prompt]*(n//64), n=64, max_tokens=1, **kw) for o in g])
+
+
+def fits(drawn, p):
+    "The p-value of a chi-square test; 0 where a token was drawn that should not be"
+    n, counts = len(drawn), drawn.bincount(minlength=len(p))
+    if not (p[drawn] > 0).all(): return 0.
+    common = p*n >= 5
+    seen, wanted = counts[common].tolist(), (p[common]*n).tolist()
+    rest = n - sum(wanted)
+    if rest >= 5: seen.append(n - sum(seen)); wanted.append(rest)
+    else: seen[-1] += n - sum(seen); wanted[-1] += rest
+    return chisquare(seen, wanted).pvalue
+
+
+@pytest.mark.parametrize('temperature, scale', [(1., 1.), (1.6, 1.), (1., .5), (1.6, 0)])
+def test_first_tokens_have_the_frequencies_that_they_should(reference, folded, ours, prompts, temperature, scale):
+    "The temperature of a request and its `head_scale` multiply, min-p is the head's and comes after both; 0 turns all of it off"
+    z, T = expected(reference, folded[0], prompts[1], [0])
+    p = min_p_filter(z[0]/(T[0]*scale*temperature), .1).softmax(-1) if scale else (z[0]/temperature).softmax(-1)
+    drawn = drawn_first(ours, prompts[1], temperature=temperature, extra_args=dict(head_scale=scale))
+    assert fits(drawn, torch.cat([p, torch.zeros(1)])) > 1e-4
+
+
+def test_the_second_token_has_its_own_temperature(reference, folded, ours, prompts):
+    "Under speculation it may be one of several rows of a step; its frequencies are over what followed one and the same first token"
+    prompt = prompts[3]
+    groups = write(ours, [prompt]*8, n=64, max_tokens=2)
+    pairs = torch.tensor([list(o.token_ids) for g in groups for o in g if len(o.token_ids) == 2])
+    first = pairs[:, 0].mode().values
+    second = pairs[pairs[:, 0] == first, 1]
+    z, T = expected(reference, folded[0], prompt, [first.item(), 0])
+    p = min_p_filter(z[1]/T[1], .1).softmax(-1)
+    assert len(second) > 100 and fits(second, torch.cat([p, torch.zeros(1)])) > 1e-4
+
+
+def test_a_request_may_name_its_min_p(reference, folded, ours, prompts, request):
+    if 'speculating' in request.node.name:
+        with pytest.raises(ValueError, match='min_p.*not yet supported with speculative'): write(ours, prompts[:1], min_p=.5)
+        return
+    z, T = expected(reference, folded[0], prompts[1], [0])
+    for min_p in (.4, .01):
+        p = min_p_filter(z[0]/T[0], min_p).softmax(-1)
+        assert fits(drawn_first(ours, prompts[1], min_p=min_p), torch.cat([p, torch.zeros(1)])) > 1e-4
+
+
+def test_default_requests_name_none(ours):
+    "So that they may speculate"
+    assert not ours.get_default_sampling_params().min_p and ours.get_default_sampling_params().temperature == 1
+
+
+def test_prompts_are_scored_as_by_the_model(reference, ours, prompts):
+    model, tokenizer = reference
+    out, = ours.generate(prompts[:1], vllm.SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    ids = torch.tensor([out.prompt_token_ids])
+    with torch.no_grad(): wanted = model(ids).logits[0].log_softmax(-1)
+    found = torch.tensor([step[t].logprob for t,step in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:])])
+    torch.testing.assert_close(found, wanted[:-1].gather(1, ids[0, 1:, None])[:, 0], rtol=2e-3, atol=2e-3)
+
+
+def test_structured_output_is_drawn_without_a_head(reference, ours, prompts):
+    "A grammar masks the row before any processor sees it: the choice is the model's own, at the temperature of the request"
+    from vllm.sampling_params import StructuredOutputsParams
+    words = ['Paris', 'London']
+    drawn = [o.text for g in write(ours, prompts[:1]*2, n=32, structured_outputs=StructuredOutputsParams(choice=words)) for o in g]
+    assert set(drawn) <= set(words)
+
+
+@pytest.mark.parametrize('bad', [-1, 'hot', True])
+def test_a_scale_that_is_none(bad, ours, prompts):
+    with pytest.raises(ValueError, match='head_scale is'): write(ours, prompts[:1], extra_args=dict(head_scale=bad))
+
+
+@pytest.mark.parametrize('runner, model, kw, message', [
+    ('older', 'folded', dict(speculative_config=SPECULATION), 'not supported when speculative decoding is enabled'),
+    ('older', MODEL, {}, 'has no row of a head')])
+def test_what_is_refused_when_the_engine_starts(folded, runner, model, kw, message):
+    code = (f'import vllm\nif __name__ == "__main__": vllm.LLM({str(folded[1] if model == "folded" else model)!r}, **{SETTINGS!r}, **{kw!r})')
+    env = os.environ | dict(VLLM_USE_V2_MODEL_RUNNER='0', VLLM_ENABLE_V1_MULTIPROCESSING='0')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    assert done.returncode and message in done.stderr
