@@ -5,6 +5,8 @@ import pytest, yaml
 from conftest import run
 from pypdf import PdfReader
 
+from simpledeco.study.pipeline import SUMMARY
+
 
 def set_params(folder, **values):
     path = folder/'params.yaml'
@@ -72,8 +74,9 @@ def test_running_again_gives_the_same_bytes(finished):
 def test_metrics_and_plots_are_declared(finished):
     folder, _ = finished
     metrics = json.loads(run('dvc', 'metrics', 'show', '--json', cwd=folder).stdout)
-    assert {'results/smoke/prescan.json', 'results/smoke/train.json',
-            'results/smoke/evaluate.json'} <= set(metrics['']['data'])
+    assert list(metrics['']['data']) == ['results/summary.json']
+    found, stage = metrics['']['data']['results/summary.json']['data'], json.loads((folder/'results/smoke/evaluate.json').read_text())
+    assert 8 <= len(found) and set(found) <= set(SUMMARY) and found['true tokens kept'] == stage['in_domain']['kept']['mean']
     run('dvc', 'plots', 'show', '-o', 'build/plots', cwd=folder)
     assert 'v_curve' in (folder/'build/plots/index.html').read_text()
 

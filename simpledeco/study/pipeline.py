@@ -6,8 +6,9 @@ typed by hand, and how one more profile is added."""
 
 # %% auto #0
 __all__ = ['MODEL', 'TOKENS', 'HEADS', 'AUTODECO', 'ANSWERS', 'JUDGED', 'DATA', 'PROMPTS', 'STAGES', 'ONLY_LONG', 'LONG',
-           'PRINTED', 'PLOTS', 'imported', 'import_graph', 'reached', 'code_cells', 'parameters', 'Stage', 'modules',
-           'describe', 'figures', 'paper', 'dvc_yaml', 'long_yaml', 'check_pipeline', 'run', 'stamp_run']
+           'PRINTED', 'OURS', 'METHODS', 'SUMMARY', 'PLOTS', 'imported', 'import_graph', 'reached', 'code_cells',
+           'parameters', 'Stage', 'modules', 'describe', 'figures', 'paper', 'summary', 'dvc_yaml', 'long_yaml',
+           'check_pipeline', 'run', 'stamp_run']
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-imports
 import argparse, ast, json, subprocess, sys
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import yaml
 
+from ..files import write_json
 from .paper import CITED, normalise
-from .results import results_folder, stamp
+from .results import read_results, results_folder, stamp
 from .settings import load_params, project_root
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-imported
@@ -139,8 +141,8 @@ def describe(
                  deps=[source, 'settings.ini', *map(fill, stage.reads), *modules(stage, root, graph)],
                  params=params, outs=[out(x, **keep) for x in stage.makes]
                  + [out(f'results/{{p}}/{x}.csv') for x in stage.tables]
-                 + ([] if stage.script else [out(f'build/{{p}}/{stage.name}.ipynb')]),
-                 metrics=[out(f'results/{{p}}/{stage.name}.json')] if stage.numbers else [])
+                 + ([] if stage.script else [out(f'build/{{p}}/{stage.name}.ipynb')])
+                 + ([out(f'results/{{p}}/{stage.name}.json')] if stage.numbers else []))
     return {k: v for k,v in found.items() if v}
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-ends
@@ -166,6 +168,38 @@ def paper(root, graph): # the stages after all profiles
                    deps=[*text, 'paper/references.bib', 'paper/numbers.tex', *drawn],
                    outs=[{'paper/main.pdf': dict(cache=False)}]))
 
+# %% ../../nbs/46_pipeline.ipynb #pipeline-summary
+OURS, METHODS = 'judged, left out', ('frontier', 'methods')
+SUMMARY = {'true tokens kept': ('evaluate', 'in_domain', 'kept', 'mean'),
+           'probability of the true token': ('evaluate', 'in_domain', 'p_true', 'mean'),
+           'seconds to train': ('onpolicy', 'training_seconds'),
+           'right answers, by token': (*METHODS, OURS, 'accuracy', 'mean'),
+           'variety, by token': (*METHODS, OURS, 'diversity', 'mean'),
+           'above the constants, by token': (*METHODS, OURS, 'excess', 'mean'),
+           'above the constants, by prompt': (*METHODS, 'judged, by prompt', 'excess', 'mean'),
+           'above the constants, question mark': (*METHODS, 'question mark, T = 1', 'excess', 'mean'),
+           'above the constants, AutoDeco': (*METHODS, 'AutoDeco', 'excess', 'mean'),
+           'a token over a prompt, at best': ('ladder', 'oracles', 'token over prompt', 'mean')}
+
+def summary(
+    found:dict, # as from `read_results`
+)->dict: # {name: number}
+    "About ten numbers of a profile"
+    def at(path):
+        tree = found
+        for key in path: tree = tree.get(key, {})
+        return tree
+    return {name: at(path) for name,path in SUMMARY.items() if at(path) != {}}
+
+# %% ../../nbs/46_pipeline.ipynb #pipeline-summary-stage
+def _summary_stage(graph):
+    "The stage that writes results/summary.json"
+    first = '${profiles[0]}'
+    code = [f'{m.replace(".", "/")}.py' for m in sorted(reached(graph, ['simpledeco.study.pipeline']))]
+    return dict(cmd=f'python -m simpledeco.study.pipeline summary {first}',
+                deps=[*(f'results/{first}/{s}.json' for s in dict.fromkeys(path[0] for path in SUMMARY.values())), *code],
+                metrics=[{'results/summary.json': dict(cache=False)}])
+
 # %% ../../nbs/46_pipeline.ipynb #pipeline-yaml
 PLOTS = {'v_curve': ('gap', 'median'), 'reliability': ('temperature', 'mean'),
          'curve': ('step', 'held_out_loss'), 'contract': ('risk', 'covered'),
@@ -177,6 +211,7 @@ def dvc_yaml(root:Path)->str: # the content of dvc.yaml
     graph, item = import_graph(root), '${item}'
     stages = {s.name: dict(foreach='${profiles}', do=describe(s, item, root, graph)) for s in STAGES}
     stages['figures'] = dict(foreach='${profiles}', do=figures(item, f'results/{item}', root, graph))
+    stages['summary'] = _summary_stage(graph)
     stages |= {f'figures_{p}': figures(p, f'results/{p}/run.json', root, graph) for p in PRINTED}
     plots = [{f'results/${{profiles[0]}}/{k}.csv': dict(x=x, y=y, template='scatter')}
              for k,(x,y) in PLOTS.items()]
@@ -240,8 +275,8 @@ def stamp_run(profile, root): # writes results/<profile>/run.json
 if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     parser = argparse.ArgumentParser(description='Write dvc.yaml, run a stage '
                                      'of it, or note what made the results of a long profile.')
-    parser.add_argument('action', choices=['write', 'run', 'stamp'])
-    parser.add_argument('names', nargs='*', help='run: STAGE PROFILE; stamp: PROFILE')
+    parser.add_argument('action', choices=['write', 'run', 'stamp', 'summary'])
+    parser.add_argument('names', nargs='*', help='run: STAGE PROFILE; stamp or summary: PROFILE')
     args, root = parser.parse_args(), project_root()
     try:
         if args.action == 'write':
@@ -249,5 +284,7 @@ if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding='utf-8')
         elif args.action == 'run': run(*args.names, root)
+        elif args.action == 'summary':
+            write_json(root/'results/summary.json', summary(read_results(results_folder(root, *args.names))))
         else: stamp_run(*args.names, root)
     except (ValueError, OSError) as e: sys.exit(f'simpledeco: {e}')
