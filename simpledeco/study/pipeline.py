@@ -110,7 +110,7 @@ ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}'
 LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks'),
         'gemma': ('model', 'answers', 'ladder', 'rungs'),
         'rungs': ('model', 'rungs'), 'rungs-gpu': ('model', 'rungs')}
-PRINTED = ('full', 'rungs') # the long profiles whose results stand in the paper
+PRINTED = ('full', 'rungs', 'gemma') # the long profiles whose results stand in the paper
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-modules
 def modules(
