@@ -7,6 +7,7 @@ __all__ = ['TEMPLATES', 'read_gguf', 'template_of', 'stop_tokens', 'as_chat', 's
 
 # %% ../nbs/25b_prepare.ipynb #prepare-imports
 import os, shutil, tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from .model import load_model
 # %% ../nbs/25b_prepare.ipynb #prepare-gguf
 def read_gguf(
     path:str|Path, # a GGUF file
-)->tuple: # (model in float32, tokenizer)
-    "Read a file of llama.cpp. Raises `ValueError` for one that transformers cannot read"
+)->tuple: # (frozen model in float32, tokenizer)
+    "Read a file of llama.cpp. Raises `ValueError` for one that transformers cannot read, `ImportError` without the package gguf"
     path = Path(path)
+    if find_spec('gguf') is None: raise ImportError('gguf is missing: pip install gguf')
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}')
     with path.open('rb') as f:
         if f.read(4) != b'GGUF': raise ValueError(f'{path} is not a GGUF file: its first four bytes are not GGUF')
@@ -33,7 +35,7 @@ def read_gguf(
         raise ValueError(f'transformers cannot read {path}: it is damaged, has no tokenizer, or is of an '
                          f'architecture that transformers does not take from GGUF ({" ".join(str(e).split())[:200]})') from e
     model.config._name_or_path = path.stem
-    return model, tokenizer
+    return model.eval().requires_grad_(False), tokenizer
 
 # %% ../nbs/25b_prepare.ipynb #prepare-template
 TEMPLATES = dict(questions=r"""{{ bos_token }}Question: What colour is the sky?
@@ -93,10 +95,13 @@ def save_whole(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix='.tmp-'))
-    model.save_pretrained(tmp)
-    tokenizer.save_pretrained(tmp)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(tmp, out)
+    try:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+        tmp.chmod(0o755)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(tmp, out)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
     return out
 
 

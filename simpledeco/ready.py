@@ -64,7 +64,6 @@ def ready_model(
     if not (out/'config.json').exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f'{out} exists and holds no model: choose another folder')
         file = _package_file(head.record['package'], head.record['sha256'])
-        if importlib.util.find_spec('gguf') is None: raise ImportError('gguf is missing: pip install gguf')
         save_whole(*read_gguf(file), out)
     check_fits(head, load_model(out.absolute())[0])
     return out

@@ -5,7 +5,8 @@ import numpy as np, pytest, torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from simpledeco.fold_gguf import fold_gguf as fold, KEY, llama_sampling, load_gguf
+from simpledeco.fold_gguf import fold_gguf as fold, KEY, llama_sampling
+from simpledeco.prepare import read_gguf
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, read_output
 from simpledeco.study.models import package_file
@@ -51,7 +52,7 @@ def made(tmp_path_factory):
     "(path, head, folder of the head) of two layers of SmolLM2"
     work = tmp_path_factory.mktemp('gguf')
     path = cut(work/'two.gguf')
-    head = head_for(load_gguf(path)[0])
+    head = head_for(read_gguf(path)[0])
     head.save_pretrained(work/'head')
     return path, head, work/'head'
 
@@ -62,7 +63,7 @@ def tensors(path): return {t.name: t for t in GGUFReader(path).tensors}
 def temperatures(path, ids):
     "Of a folded file, as transformers computes it: logits [n, V], T [n]"
     s = read_row(path)
-    with torch.no_grad(): z = load_gguf(path)[0](ids).logits[0]
+    with torch.no_grad(): z = read_gguf(path)[0](ids).logits[0]
     return z, s['scale']*(z[:, s['row']] + s['b']).clamp(s['t_min'], s['t_max'])
 
 
@@ -75,7 +76,7 @@ TYPES = GGMLQuantizationType
     (TYPES.Q4_1, False, False, .02), (TYPES.Q5_0, True, False, .02)])
 def test_the_row_in_every_kind_of_matrix(kind, untied, exact, error, tmp_path):
     path = cut(tmp_path/'m.gguf', stored_as(kind, untied))
-    model, _ = load_gguf(path)
+    model, _ = read_gguf(path)
     head = head_for(model)
     head.save_pretrained(tmp_path/'head')
     folded = fold(tmp_path/'head', path, tmp_path/'folded.gguf', scale=1.5)

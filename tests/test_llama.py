@@ -6,7 +6,8 @@ from conftest import ROOT
 from scipy.stats import chisquare
 
 from simpledeco.decode import min_p_filter
-from simpledeco.fold_gguf import fold_gguf as fold, llama_sampling, load_gguf
+from simpledeco.fold_gguf import fold_gguf as fold, llama_sampling
+from simpledeco.prepare import read_gguf
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, read_output
 from simpledeco.study.models import package_file
@@ -19,7 +20,7 @@ PROMPTS = ['What is the capital of France?', 'Write the first line of a poem.', 
 
 
 @pytest.fixture(scope='module')
-def reference(): return load_gguf(SMOL)
+def reference(): return read_gguf(SMOL)
 
 
 @pytest.fixture(scope='module')
