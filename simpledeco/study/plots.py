@@ -318,7 +318,8 @@ def _direct_labels(ax, size=6):
     "The names of marks and lines, each behind its mark, in a column beside a figure, in the place of a legend"
     (low, high), right, column = ax.get_ylim(), ax.get_xlim()[1], ax.transAxes
     lines = {name: h[0] if isinstance(h, tuple) else h for h,name in zip(*ax.get_legend_handles_labels())}
-    ends = {name: (right if name.startswith('greedy') else line.get_xydata()[-1][0], line.get_xydata()[-1][1]) for name,line in lines.items()}
+    ends = {name: (right if name.startswith('greedy') else line.get_xydata()[-1][0], line.get_xydata()[-1][1])
+            for name,line in lines.items()}
     seen = sorted((y, x, name) for name,(x, y) in ends.items() if low <= y <= high)[::-1]
     for i,(y, x, name) in enumerate(seen):
         at, line = 1 - (i + .5)/len(seen), lines[name]
