@@ -61,12 +61,14 @@ def side_by_side(
 
 # %% ../nbs/39b_demo.ipynb #demo-script
 SCRIPT = r"""<script type="module">
-const find = id => document.getElementById(id), sides = [...document.querySelectorAll('.sd-a')], sums = [...document.querySelectorAll('.sd-sum')]
+const find = id => document.getElementById(id), sides = [...document.querySelectorAll('.sd-a')]
+const sums = [...document.querySelectorAll('.sd-sum')]
 const form = find('ask'), said = find('said'), go = find('go'), stop = find('stop')
 let running, temperatures
 
 function show({side, text, T, colour}) {
-  const blank = text.match(/^\s*/)[0], body = text.slice(blank.length) || '␣', word = document.createElement('ruby'), above = document.createElement('rt')
+  const blank = text.match(/^\s*/)[0], body = text.slice(blank.length) || '␣'
+  const word = document.createElement('ruby'), above = document.createElement('rt')
   word.className = 'sd-t' + (body.length > 24 ? ' sd-long' : '')
   word.style.borderColor = colour
   above.append(`\u00a0${T.toFixed(1)}\u00a0`)
@@ -89,7 +91,8 @@ async function ask(event) {
   for (const x of [...sides, ...sums, said]) x.textContent = ''
   stop.hidden = false
   try {
-    const body = JSON.stringify({prompt: form.elements.prompt.value, temperature: read('temperature'), scale: read('scale'), seed: read('seed')})
+    const settings = {temperature: read('temperature'), scale: read('scale'), seed: read('seed')}
+    const body = JSON.stringify({prompt: form.elements.prompt.value, ...settings})
     const answer = await fetch('answer', {method: 'POST', headers: {'Content-Type': 'application/json'}, body, signal: me.signal})
     if (!answer.ok) { said.textContent = (await answer.json()).error; return }
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader()
@@ -107,7 +110,8 @@ async function ask(event) {
 form.addEventListener('submit', ask)
 stop.addEventListener('click', () => { running.abort(); sums.forEach((_, side) => count(side, ', stopped')) })
 form.elements.prompt.addEventListener('keydown', e => { if (e.key == 'Enter' && !e.shiftKey) { e.preventDefault(); form.requestSubmit() } })
-for (const b of document.querySelectorAll('.try')) b.addEventListener('click', () => { form.elements.prompt.value = b.textContent; form.requestSubmit() })
+for (const b of document.querySelectorAll('.try'))
+  b.addEventListener('click', () => { form.elements.prompt.value = b.textContent; form.requestSubmit() })
 </script>"""
 
 # %% ../nbs/39b_demo.ipynb #demo-page
@@ -116,7 +120,8 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>simpledeco demo</title>
 <link rel="icon" href="data:,">
 {style}<style>
-form {{ display: grid; gap: .6rem }} textarea {{ font: inherit; padding: .5rem; min-height: 3.2rem; resize: vertical; overflow-wrap: anywhere }}
+form {{ display: grid; gap: .6rem }} textarea {{ font: inherit;
+  padding: .5rem; min-height: 3.2rem; resize: vertical; overflow-wrap: anywhere }}
 .row {{ display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; align-items: center }} .row input {{ font: inherit; width: 5.5rem }}
 button {{ font: inherit; padding: .2rem .9rem }} .try {{ font-size: .85rem }} #said:empty {{ display: none }}
 #said {{ border: 2px solid; padding: .4rem .8rem; overflow-wrap: anywhere }} .sd-a {{ min-height: 3rem }} label {{ color: var(--soft) }}
@@ -155,13 +160,16 @@ def _settings(body):
     "What the page asks for. Raises `ValueError` with what is wrong"
     try: asked = json.loads(body)
     except (ValueError, RecursionError): asked = None
-    if not isinstance(asked, dict) or not isinstance(asked.get('prompt'), str): raise ValueError('the request is not what the page sends')
+    if not isinstance(asked, dict) or not isinstance(asked.get('prompt'), str):
+        raise ValueError('the request is not what the page sends')
     if not asked['prompt'].strip(): raise ValueError('the prompt is empty: ask something')
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
     for name,most in dict(temperature=10, scale=100).items():
-        if not number(asked.get(name)) or not 0 < asked[name] <= most: raise ValueError(f'the {name} must be a number above 0, {most} at most')
+        if not number(asked.get(name)) or not 0 < asked[name] <= most:
+            raise ValueError(f'the {name} must be a number above 0, {most} at most')
     seed = asked.get('seed')
-    if not number(seed) or seed != int(seed) or not 0 <= seed < 2**32: raise ValueError('the seed must be a whole number, from 0 to 4294967295')
+    if not number(seed) or seed != int(seed) or not 0 <= seed < 2**32:
+        raise ValueError('the seed must be a whole number, from 0 to 4294967295')
     return asked['prompt'], dict(temperature=asked['temperature'], scale=asked['scale'], seed=int(seed))
 
 # %% ../nbs/39b_demo.ipynb #demo-event
@@ -179,7 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, code, kind, body=None):
         self.send_response(code)
         rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-        for k,v in {'Content-Type': kind, 'Content-Security-Policy': rules, 'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}.items():
+        for k,v in {'Content-Type': kind, 'Content-Security-Policy': rules,
+                    'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}.items():
             self.send_header(k, v)
         self.end_headers()
         if body is not None: self.wfile.write(body.encode())

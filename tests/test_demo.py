@@ -30,8 +30,10 @@ MODEL, MOST = ROOT/'models/embedded', 12
 @pytest.fixture(scope='module')
 def served():
     "The address of a demo with a ready head and the model of the study, as a user starts it"
-    command = [Path(sys.executable).parent/'simpledeco', 'demo', 'smollm2-by-token', MODEL, '--port', '0', '--scale', '2', '--max-new-tokens', str(MOST)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ, PYTHONUNBUFFERED='1')) as process:
+    command = [Path(sys.executable).parent/'simpledeco', 'demo', 'smollm2-by-token', MODEL, '--port', '0', '--scale', '2',
+               '--max-new-tokens', str(MOST)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                          env=dict(os.environ, PYTHONUNBUFFERED='1')) as process:
         said = process.stdout.readline()
         yield re.match(r'http://127\.0\.0\.1:\d+/', said)[0]
         process.send_signal(signal.SIGINT)
@@ -90,7 +92,8 @@ def test_markup_is_text(page):
     assert page.js(SHOWN)[0]['T'] and not page.errors()
 
 
-@pytest.mark.parametrize('prompt, scale, words', [('word '*9000, 2, "tokens but the model's context is 8192"), ('Hi', 0.001, None), (' ', 2, None)])
+@pytest.mark.parametrize('prompt, scale, words', [
+    ('word '*9000, 2, "tokens but the model's context is 8192"), ('Hi', 0.001, None), (' ', 2, None)])
 def test_a_prompt_that_cannot_be_answered(page, prompt, scale, words):
     "The model's limits are said by the server; what a form forbids is not sent"
     page.open(page.js('location.href'))
@@ -103,7 +106,8 @@ def test_a_prompt_that_cannot_be_answered(page, prompt, scale, words):
 def test_enter_sends_and_on_a_phone_nothing_is_wider(page):
     page.window(360, 700, 'dark')
     page.open(page.js('location.href'))
-    page.js("document.getElementById('ask').elements.prompt.value = 'What is 1 + 1?'; document.getElementById('ask').elements.prompt.focus()")
+    page.js("document.getElementById('ask').elements.prompt.value = 'What is 1 + 1?'; " +
+            "document.getElementById('ask').elements.prompt.focus()")
     page.send('Input.dispatchKeyEvent', type='rawKeyDown', key='Enter', code='Enter', windowsVirtualKeyCode=13)
     wait(page, "document.getElementById('stop').hidden && document.querySelectorAll('ruby').length")
     assert page.js('document.documentElement.scrollWidth') <= 360 and not page.errors()

@@ -23,7 +23,8 @@ def test_every_ready_head_is_small_whole_and_listed(tmp_path):
 
 
 def test_a_name_stands_for_a_head_in_every_command(tmp_path):
-    answers = {name: simpledeco('generate', name, MODEL, 'What is the capital of France?', '--scale', '2', '--max-new-tokens', '12', cwd=tmp_path).stdout
+    answers = {name: simpledeco('generate', name, MODEL, 'What is the capital of France?', '--scale', '2',
+                                '--max-new-tokens', '12', cwd=tmp_path).stdout
                for name in ('smollm2-by-prompt', 'smollm2-by-token')}
     assert all('Paris' in x for x in answers.values()), answers
     for name,heading in (('smollm2-by-prompt', 'the prompt'), ('smollm2-by-token', 'each token')):
@@ -43,8 +44,10 @@ def test_a_folder_of_the_user_comes_first(tmp_path):
 
 @pytest.mark.parametrize('arguments, said', [
     (['heads', 'Qwen/Qwen2.5-0.5B-Instruct'], 'train a head of your own, with `simpledeco answer` and `simpledeco train`'),
-    (['generate', 'smollm3', MODEL, 'hi'], 'no head at smollm3: there is no such folder, and no ready head is called smollm3: there are smollm2-by-prompt,'),
-    (['generate', 'smollm2-by-prompt', SMOKE, 'hi'], 'the head reads hidden states of size 576, the model has 32: train a head for this model'),
+    (['generate', 'smollm3', MODEL, 'hi'],
+     'no head at smollm3: there is no such folder, and no ready head is called smollm3: there are smollm2-by-prompt,'),
+    (['generate', 'smollm2-by-prompt', SMOKE, 'hi'],
+     'the head reads hidden states of size 576, the model has 32: train a head for this model'),
     (['demo', 'smollm2-by-prompt', SMOKE, '--port', '0'], 'train a head for this model'),
     (['serve-dir', 'smollm2-by-prompt', MODEL, 'served'], 'send the temperature with each request'),
     (['fold', 'smollm2-by-prompt', MODEL, 'folded'], 'wants a head by token'),

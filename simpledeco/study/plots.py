@@ -308,7 +308,7 @@ def plot_frontier(
         ax.set(xlabel='variety of answers to open prompts (distinct-2)', ylabel='accuracy on questions',
                ylim=(rows.accuracy[rows.kind != 'adaptive'].min() - .04, None))
         if few: fig.legend(ncol=2, loc='outside lower center', **TIGHT)
-        else: ax.legend(loc='center left', bbox_to_anchor=(1, .5))
+        else: _direct_labels(ax)
     plt.close(fig)
     return fig
 
@@ -319,6 +319,22 @@ def _frontier_line(ax, rows, kind, ls):
     for _,r in rows.iterrows():
         ax.annotate(r.method.removeprefix('T = ').split(',')[0], (r.diversity, r.accuracy),
                     xytext=(2, -8), textcoords='offset points', fontsize=6, color='.4')
+
+# %% ../../nbs/17_plots.ipynb #direct-labels
+def _direct_labels(ax, size=6):
+    "The names of marks and lines, each behind its mark, in a column beside a figure, in the place of a legend"
+    (low, high), right, column = ax.get_ylim(), ax.get_xlim()[1], ax.transAxes
+    lines = {name: h[0] if isinstance(h, tuple) else h for h,name in zip(*ax.get_legend_handles_labels())}
+    ends = {name: (right if name.startswith('greedy') else line.get_xydata()[-1][0], line.get_xydata()[-1][1])
+            for name,line in lines.items()}
+    seen = sorted((y, x, name) for name,(x, y) in ends.items() if low <= y <= high)[::-1]
+    for i,(y, x, name) in enumerate(seen):
+        at, line = 1 - (i + .5)/len(seen), lines[name]
+        ax.annotate('', (x, y), (1.04, at), textcoords='axes fraction', annotation_clip=False,
+                    arrowprops=dict(arrowstyle='-', color='.8', lw=.4, shrinkA=3, shrinkB=3, zorder=0))
+        mark = dict(marker=line.get_marker(), mfc=line.get_markerfacecolor(), ms=min(line.get_markersize(), 5), color=line.get_color())
+        if mark['marker'] not in ('None', None, ''): ax.plot([1.05], [at], transform=column, clip_on=False, lw=0, **mark)
+        ax.text(1.075, at, name, transform=column, fontsize=size, va='center')
 
 # %% ../../nbs/17_plots.ipynb #plot-rungs
 def plot_rungs(

@@ -48,7 +48,8 @@ def text_head(root:Path): # TemperatureHead
 
 # %% ../../nbs/48_release.ipynb #release-measured
 MEASURED = {'smollm2-by-prompt': [('judged, by prompt', 'heads trained in this way, with the kind of question left out')],
-            'smollm2-by-token': [('judged, in domain', 'this head and one of another seed, on kinds of questions that they were trained on'),
+            'smollm2-by-token': [('judged, in domain', 'this head and one of another seed, '
+                                  'on kinds of questions that they were trained on'),
                                  ('judged, left out', 'heads trained in this way, with the kind of question left out')]}
 RULES = [('question mark, T = 1', 'no head: greedy after a question mark, else T = 1'),
          ('question mark, T = 1.5', 'no head: greedy after a question mark, else T = 1.5')]
@@ -60,7 +61,8 @@ def measured(
     "Right answers, variety, and how far above the constants"
     line = lambda name, m: (f"| {name} | {m['accuracy']['mean']:.3f} | {m['diversity']['mean']:.3f} | {m['excess']['mean']:+.3f} "
                             f"[{m['excess']['lo']:+.3f}, {m['excess']['hi']:+.3f}] |")
-    return '\n'.join(['| decoder; heads at scale 2 | right answers | variety | above the constants, with 95% interval |', '|---|--:|--:|--:|',
+    return '\n'.join(['| decoder; heads at scale 2 | right answers | variety | above the constants, with 95% interval |',
+                      '|---|--:|--:|--:|',
                       *(line(shown, methods[m]) for m,shown in rows)])
 
 # %% ../../nbs/48_release.ipynb #release-about
@@ -70,7 +72,8 @@ UNKNOWN = {'smollm2-by-prompt': 'This head itself was trained on all kinds of qu
 NOTE = """
 ## Measured
 
-The true tokens are those of the model's own right answers; of a wrong one nothing is to be kept. On questions that want one answer and requests that want a varied one, with one setting:
+The true tokens are those of the model's own right answers; of a wrong one nothing is to be kept. \
+On questions that want one answer and requests that want a varied one, with one setting:
 
 {table}
 
