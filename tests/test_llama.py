@@ -111,8 +111,7 @@ def test_first_tokens_have_the_frequencies_that_they_should(folded, ours, prompt
     T = scale*s['scale']*(z[s['row']] + s['b']).clamp(s['t_min'], s['t_max'])
     z[s['row']] = -torch.inf
     p = min_p_filter(z/T, s['min_p']).softmax(-1)
-    ours.reset(); ours.eval(prompts[1])
-    def draw(seed): ours.set_seed(seed); return ours.sample(**settings(ours, scale=scale)) # each call seeds anew
+    def draw(seed): ours.set_seed(seed); return next(ours.generate(prompts[1], **settings(ours, scale=scale))) # a sampler of its own
     drawn = torch.tensor([draw(i) for i in range(n)])
     assert (p[drawn] > 0).all(), 'a token that min-p cuts was drawn'
     untempered = min_p_filter(z, s['min_p'])
