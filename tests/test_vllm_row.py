@@ -202,7 +202,8 @@ def test_one_class_serves_both_interfaces(folded):
 
 @pytest.mark.parametrize('bad', [-1, 'hot', True])
 def test_a_scale_that_is_none(bad, ours, prompts):
-    with pytest.raises(ValueError, match='head_scale is'): write(ours, prompts[:1], extra_args=dict(head_scale=bad))
+    from vllm.exceptions import VLLMValidationError
+    with pytest.raises(VLLMValidationError, match='head_scale is'): write(ours, prompts[:1], extra_args=dict(head_scale=bad))
 
 
 @pytest.mark.parametrize('runner, model, kw, message', [
