@@ -33,11 +33,14 @@ def served():
     command = [Path(sys.executable).parent/'simpledeco', 'demo', 'smollm2-by-token', MODEL, '--port', '0', '--scale', '2',
                '--max-new-tokens', str(MOST)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                          env=dict(os.environ, PYTHONUNBUFFERED='1')) as process:
-        said = process.stdout.readline()
-        yield re.match(r'http://127\.0\.0\.1:\d+/', said)[0]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(300) == 130 and process.stderr.read() == ''
+                          env=dict(os.environ, PYTHONUNBUFFERED='1'),
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process: # in the background a shell ignores it
+        try:
+            said = process.stdout.readline()
+            yield re.match(r'http://127\.0\.0\.1:\d+/', said)[0]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130 and process.stderr.read() == ''
+        finally: process.kill()
 
 
 @pytest.fixture(scope='module')
