@@ -32,9 +32,9 @@ def served():
     "The address of a demo with a ready head and the model of the study, as a user starts it"
     command = [Path(sys.executable).parent/'simpledeco', 'demo', 'smollm2-by-token', MODEL, '--port', '0', '--scale', '2',
                '--max-new-tokens', str(MOST)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                          env=dict(os.environ, PYTHONUNBUFFERED='1'),
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process: # in the background a shell ignores it
+    interrupted = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # which a shell in the background ignores
+    with subprocess.Popen(command, preexec_fn=interrupted, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                          env=dict(os.environ, PYTHONUNBUFFERED='1')) as process:
         try:
             said = process.stdout.readline()
             yield re.match(r'http://127\.0\.0\.1:\d+/', said)[0]
