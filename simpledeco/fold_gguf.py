@@ -153,10 +153,10 @@ def fold_gguf(
     linear_row(head) # raises for a head that is no row
     reader = _reader(Path(model))
     row = _free(reader, row)
+    tensors, stored, settings = _row(reader, head, row, scale)
     loaded, tokenizer = read_gguf(model)
     check_plain_logits(loaded)
     check_fits(head, loaded, other_model)
-    tensors, stored, settings = _row(reader, head, row, scale)
     origin = dict(min_p=head.min_p, risk=head.risk, base_model=head.base_model, model=head.record.get('model'))
     errors = _errors(reader, tensors, loaded, tokenizer, head, stored, settings)
     fields = _added(reader, settings['row'], settings | origin | errors)

@@ -1,4 +1,5 @@
 "A linear head as a row of a GGUF file: what is written, and how transformers reads it; tests/test_llama.py runs it in llama.cpp"
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch
@@ -16,17 +17,35 @@ from simpledeco.vllm import read_row
 SMOL = package_file(load_profile('embedded').model.removeprefix('package:'))
 
 
-def cut(path, change=lambda name, data, kind: {name: (data, kind)}, fields=()):
-    "The first two layers of SmolLM2 in a file of their own; `change` may store a tensor otherwise, `fields` replace entries"
-    reader = GGUFReader(SMOL)
+V = 2048 # tokens are kept, as the Python that reads such files is slow
+
+
+@cache
+def fields():
+    "{name: (value, types)} of SmolLM2's file, with the first tokens and the merges that make them"
+    found = {name: (f.contents(), f.types) for name,f in GGUFReader(SMOL).fields.items()
+             if not name.startswith('GGUF.') and name != 'general.architecture'}
+    ggml = lambda name: f'tokenizer.ggml.{name}'
+    tokens = set(found[ggml('tokens')][0][:V])
+    short = {ggml(k): found[ggml(k)][0][:V] for k in ('tokens', 'token_type', 'scores') if ggml(k) in found}
+    short[ggml('merges')] = [m for m in found[ggml('merges')][0] if {*m.split(' '), m.replace(' ', '', 1)} <= tokens]
+    short |= {'llama.block_count': 2, 'llama.vocab_size': V}
+    return {name: (short.get(name, value), types) for name,(value,types) in found.items()}
+
+
+@cache
+def weights(): return [t for t in GGUFReader(SMOL).tensors if not t.name.startswith('blk.') or int(t.name.split('.')[1]) < 2]
+
+
+def cut(path, change=lambda name, data, kind: {name: (data, kind)}, **replaced):
+    "Two layers and the first tokens of SmolLM2; `change` may store a tensor otherwise, `replaced` are fields of the tokenizer"
     writer = GGUFWriter(path, 'llama')
-    for name,f in reader.fields.items():
-        if name.startswith('GGUF.') or name == 'general.architecture': continue
-        value = {'llama.block_count': 2, **dict(fields)}.get(name, f.contents())
-        writer.add_key_value(name, value, f.types[0], f.types[-1] if f.types[0] == GGUFValueType.ARRAY else None)
-    for t in reader.tensors:
-        if t.name.startswith('blk.') and int(t.name.split('.')[1]) > 1: continue
-        for name,(data,kind) in change(t.name, t.data, t.tensor_type).items(): writer.add_tensor(name, data, raw_dtype=kind)
+    for name,(value,types) in fields().items():
+        value = replaced.get(name.rpartition('.')[2], value)
+        writer.add_key_value(name, value, types[0], types[-1] if types[0] == GGUFValueType.ARRAY else None)
+    for t in weights():
+        data = t.data[:V] if t.name == 'token_embd.weight' else t.data
+        for name,(data,kind) in change(t.name, data, t.tensor_type).items(): writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
     return path
 
@@ -67,7 +86,7 @@ def temperatures(path, ids):
     return z, s['scale']*(z[:, s['row']] + s['b']).clamp(s['t_min'], s['t_max'])
 
 
-IDS = torch.tensor([[504, 3575, 282, 4649, 314, 7042, 30, 1691, 253, 655, 28, 732, 8141]])
+IDS = torch.tensor([[504, 1575, 282, 1649, 314, 1042, 30, 1691, 253, 655, 28, 732, 1141]])
 TYPES = GGMLQuantizationType
 
 
@@ -81,14 +100,14 @@ def test_the_row_in_every_kind_of_matrix(kind, untied, exact, error, tmp_path):
     head.save_pretrained(tmp_path/'head')
     folded = fold(tmp_path/'head', path, tmp_path/'folded.gguf', scale=1.5)
     before, after, said = tensors(path), tensors(folded), read_row(folded)
-    assert said['row'] == 49152 and said['dtype'] == (kind.name if exact else 'Q8_0') and (said['others'] == 0) == exact
+    assert said['row'] == V and said['dtype'] == (kind.name if exact else 'Q8_0') and (said['others'] == 0) == exact
     output = 'output.weight' if untied or not exact else 'token_embd.weight'
     for name,old in before.items():
         new = after[name]
         if name == output and not exact: continue
         assert new.tensor_type == old.tensor_type and (new.data[:len(old.data)] == old.data).all(), name
     assert {k for k in after if k not in before} == (set() if untied or exact else {'output.weight'})
-    assert len(after['token_embd.weight'].data) == len(after[output].data) == 49153
+    assert len(after['token_embd.weight'].data) == len(after[output].data) == V + 1
     with torch.no_grad(): hidden, z, _ = read_output(model, lambda h: h[0], input_ids=IDS)
     found, T = temperatures(folded, IDS)
     wanted = 1.5*head.temperature(hidden)
@@ -99,20 +118,19 @@ def test_the_row_in_every_kind_of_matrix(kind, untied, exact, error, tmp_path):
 
 def test_the_vocabulary_is_as_long_as_the_matrix(made, tmp_path):
     path, head, folder = made
-    fields = GGUFReader(fold(folder, path, tmp_path/'x.gguf')).fields
-    tokens, kinds = (fields[f'tokenizer.ggml.{n}'].contents() for n in ('tokens', 'token_type'))
-    assert len(tokens) == len(kinds) == fields['llama.vocab_size'].contents() == 49153
+    written = GGUFReader(fold(folder, path, tmp_path/'x.gguf')).fields
+    tokens, kinds = (written[f'tokenizer.ggml.{n}'].contents() for n in ('tokens', 'token_type'))
+    assert len(tokens) == len(kinds) == written['llama.vocab_size'].contents() == V + 1
     assert tokens[-1] == '<|temperature|>' and kinds[-1] == 5 and tokens[:-1] == GGUFReader(path).fields['tokenizer.ggml.tokens'].contents()
 
 
 def test_an_unused_token_is_taken_before_one_is_added(made, tmp_path):
-    kinds = GGUFReader(SMOL).fields['tokenizer.ggml.token_type'].contents()
-    kinds[40000] = 5
-    path, before = cut(tmp_path/'m.gguf', fields={'tokenizer.ggml.token_type': kinds}.items()), None
+    kinds = [5 if i == 2000 else kind for i,kind in enumerate(fields()['tokenizer.ggml.token_type'][0])]
+    path = cut(tmp_path/'m.gguf', token_type=kinds)
     folded = fold(made[2], path, tmp_path/'x.gguf')
-    assert read_row(folded)['row'] == 40000
+    assert read_row(folded)['row'] == 2000
     before, after = (tensors(p)['token_embd.weight'].data for p in (path, folded))
-    assert len(before) == len(after) and (np.flatnonzero((before != after).any(1)) == [40000]).all()
+    assert len(before) == len(after) and (np.flatnonzero((before != after).any(1)) == [2000]).all()
 
 
 def test_the_processor_of_llama_cpp(made, tmp_path):
@@ -126,7 +144,7 @@ def test_the_processor_of_llama_cpp(made, tmp_path):
     for row,t in zip(z.numpy(), T.numpy()):
         kept = row.copy()
         found = read(IDS[0].numpy(), row)
-        assert found.dtype == np.float32 and found[49152] == -np.inf and (row == kept).all()
+        assert found.dtype == np.float32 and found[V] == -np.inf and (row == kept).all()
         np.testing.assert_allclose(found[:-1], row[:-1]/(2*t), rtol=1e-5)
     with pytest.raises(ValueError, match='has no row of a head'): llama_sampling(SimpleNamespace(metadata={}))
     with pytest.raises(ValueError, match='dict is no llama_cpp.Llama: an engine without logits processors'): llama_sampling({})
@@ -147,13 +165,13 @@ def test_a_file_folded_twice_a_name_that_is_taken_a_head_of_another_model(made, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ['deep', 'other', 'x.gguf', 'z.gguf']
 
 
-@pytest.mark.parametrize('row, message', [(17, 'which texts may use'), (2, 'which texts may use'), (49154, 'has 49152 rows')])
+@pytest.mark.parametrize('row, message', [(17, 'which texts may use'), (2, 'which texts may use'), (V + 2, f'has {V} rows')])
 def test_a_row_that_texts_use(row, message, made, tmp_path):
     with pytest.raises(ValueError, match=message): fold(made[2], made[0], tmp_path/'x.gguf', row=row)
 
 
 def test_an_output_matrix_that_cannot_take_the_row(made, tmp_path):
-    odd = (np.zeros((49152, 576), np.int8), TYPES.I8)
+    odd = (np.zeros((V, 576), np.int8), TYPES.I8)
     whole = lambda name, data, kind: {name: odd if name == 'token_embd.weight' else (data, kind)}
     with pytest.raises(ValueError, match='is I8, which cannot take a row'): fold(made[2], cut(tmp_path/'m.gguf', whole), tmp_path/'x.gguf')
 
@@ -167,5 +185,5 @@ def test_files_that_are_damaged(made, tmp_path):
     with pytest.raises(ValueError, match='neither output.weight nor token_embd.weight'):
         fold(made[2], cut(tmp_path/'m.gguf', lambda n, d, k: {} if n == 'token_embd.weight' else {n: (d, k)}), tmp_path/'x.gguf')
     with pytest.raises(ValueError, match='has a bias beside it'):
-        bias = lambda n, d, k: {n: (d, k)} | ({'output.bias': (np.zeros(49152, np.float32), TYPES.F32)} if n == 'token_embd.weight' else {})
+        bias = lambda n, d, k: {n: (d, k)} | ({'output.bias': (np.zeros(V, np.float32), TYPES.F32)} if n == 'token_embd.weight' else {})
         fold(made[2], cut(tmp_path/'b.gguf', bias), tmp_path/'x.gguf')
