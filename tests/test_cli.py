@@ -14,7 +14,8 @@ from simpledeco.study.data import to_jsonl
 from simpledeco.table import TokenTable
 
 MODEL = ROOT/'models/smoke'
-COMMANDS = ['prepare', 'prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir', 'fold', 'compare', 'heads', 'demo']
+COMMANDS = ['prepare', 'prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir', 'fold', 'compare',
+            'heads', 'demo']
 
 
 def simpledeco(*arguments, cwd, check=True):

@@ -190,7 +190,7 @@ def accuracy_table(c):
 FEW = {'judged, left out': 'by token', 'judged, left out: first token': 'first token', 'judged, by prompt': 'by prompt',
        'judged, R = 0 on questions': 'R = 0 on questions', 'question mark, T = 1': 'question mark, T = 1',
        'question mark, T = 1.5': 'question mark, T = 1.5', 'judged, left out: MeanShift': 'MeanShift',
-       'right answers only': 'right answers only', 'AutoDeco': 'AutoDeco', 'EDT': 'EDT', 'training-free': 'training-free', 'reference text': 'reference text'} # the rungs' names
+       **{x: x for x in ('right answers only', 'AutoDeco', 'EDT', 'training-free', 'reference text')}} # the rungs' names
 IN_FIGURE = ('judged, left out', 'judged, left out: first token', 'judged, by prompt', 'judged, R = 0 on questions',
              'question mark, T = 1', 'question mark, T = 1.5', 'judged, left out: MeanShift', 'AutoDeco')
 
