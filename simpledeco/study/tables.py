@@ -159,7 +159,8 @@ def comparison_table(c):
              'runs that collapse': both(collapsed),
              'without its two tricks': (collapsed('neither'), '--', 'has none'),
              'training tokens a second': both(lambda k: show_number(round(cost['at'][k.lower()]))),
-             'one epoch with the pre-scan (s)': both(lambda k: show_number(round(cost['wall']['scan'] + cost['wall'][f'epoch_{k.lower()}']))),
+             'one epoch with the pre-scan (s)': both(
+                 lambda k: show_number(round(cost['wall']['scan'] + cost['wall'][f'epoch_{k.lower()}']))),
              'decoding speed, of static min-$p$': both(lambda k: show_number(cost['decoding'][k]['speed'])),
              'better/worse than tuned static $T$': tuned('static'),
              'better/worse than its own mean': tuned('mean')}
