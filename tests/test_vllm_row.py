@@ -135,7 +135,7 @@ def test_first_tokens_have_the_frequencies_that_they_should(reference, folded, o
 def test_the_second_token_has_its_own_temperature(reference, folded, ours, prompts):
     "Under speculation it may be one of several rows of a step; its frequencies are over what followed one and the same first token"
     prompt = prompts[3]
-    groups = write(ours, [prompt]*8, n=64, max_tokens=2)
+    groups = write(ours, [prompt]*48, n=64, max_tokens=2)
     pairs = torch.tensor([list(o.token_ids) for g in groups for o in g if len(o.token_ids) == 2])
     first = pairs[:, 0].mode().values
     second = pairs[pairs[:, 0] == first, 1]
