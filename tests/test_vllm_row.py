@@ -3,12 +3,11 @@ import json, math, os, subprocess, sys
 
 import pytest, torch
 from scipy.stats import chisquare
-from conftest import ROOT
+from conftest import ROOT, uneven_head
 
 from simpledeco.decode import min_p_filter
 from simpledeco.fold import fold
-from simpledeco.head import TemperatureHead
-from simpledeco.model import fingerprint, load_model
+from simpledeco.model import load_model
 
 vllm = pytest.importorskip('vllm', reason='run `make test-vllm`')
 MODEL = ROOT/'models/embedded'
@@ -36,11 +35,7 @@ def prompts(reference):
 def folded(reference, tmp_path_factory):
     "A head whose temperatures differ from token to token, and the folder with its row"
     work = tmp_path_factory.mktemp('row')
-    torch.manual_seed(3)
-    head = TemperatureHead(576, width=0, reads='hidden', base_model=fingerprint(reference[0])).eval()
-    head.mean.fill_(1.); head.std.fill_(4.)
-    head.save_pretrained(work/'head')
-    return head, fold(work/'head', MODEL, work/'folded', scale=1.25)
+    return uneven_head(reference[0], work/'head'), fold(work/'head', MODEL, work/'folded', scale=1.25)
 
 
 def engine(folded, runner, **kw):
