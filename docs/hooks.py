@@ -122,7 +122,8 @@ def figures():
             with plots.plt.rc_context({'svg.hashsalt': 'simpledeco'}):
                 FIGURES[name].draw(c).savefig(out, format='svg', metadata=dict(Date=None))
             needs = [f'results/{folder.name}/{x}.csv' for x in FIGURES[name].needs]
-            found.setdefault(folder.name, {})[name] = out.getvalue(), getattr(plots, f'plot_{name}').__doc__, needs
+            about = getattr(plots, f'plot_{"frontier" if name == "front" else name}').__doc__ # page one has a few of its decoders
+            found.setdefault(folder.name, {})[name] = out.getvalue(), about, needs
     return found
 
 
