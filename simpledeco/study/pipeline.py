@@ -109,8 +109,8 @@ ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}'
 # the long profiles and their stages
 LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks'),
         'gemma': ('model', 'answers', 'ladder', 'rungs'),
-        'rungs': ('model', 'rungs'), 'rungs-gpu': ('model', 'rungs')}
-PRINTED = ('full', 'rungs', 'gemma') # the long profiles whose results stand in the paper
+        **{p: ('model', 'rungs') for p in ('rungs', 'rungs-gpu', 'rungs-elsewhere', 'gemma-elsewhere')}}
+PRINTED = ('full', 'rungs', 'gemma', 'rungs-elsewhere', 'gemma-elsewhere') # the long profiles whose results stand in the paper
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-modules
 def modules(
