@@ -183,7 +183,7 @@ def mean_temperatures(head, table, examples): # {'open': T, 'closed': T}
 
 # %% ../../nbs/52_rungs.ipynb #rows-helpers
 WARM, HOT, TIMES = (.4, .7, 1., 1.3, 1.6, 2.), (.7, 1., 1.3, 1.6, 2., 2.5), (.5, 1., 1.5, 2., 3., 4.5)
-FAR = (*TIMES, 7., 11.) # for rungs that six strengths leave less varied than the constants they are compared with
+FAR = (.25, *TIMES, 7., 11.) # for rungs whose six strengths begin or end between the constants they are compared with
 
 def rung(name, family, about, mark, grid, live, source=''): # a row
     return Decoder(name, family, about, mark, source, ('rungs',), live=live, grid=grid)

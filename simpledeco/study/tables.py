@@ -9,8 +9,8 @@ __all__ = ['dot', 'signed', 'named', 'ANSWERS', 'JUDGED', 'FEW', 'IN_FIGURE', 'O
            'corpora_table', 'controls_table', 'verdict_table', 'stability_table', 'settings_of', 'count_settings',
            'settings_table', 'comparison_table', 'frontier_table', 'accuracy_table', 'against_table', 'search_table',
            'benchmarks_table', 'detect_table', 'sentences_table', 'samples_table', 'decoders_table', 'oracle_rows',
-           'oracles_table', 'ladder_table', 'gain_cell', 'rungs_table', 'rungs_few_table', 'front_table', 'Figure',
-           'detectors', 'adaptive_contract', 'drawn', 'write_all']
+           'oracles_table', 'ladder_table', 'gain_cell', 'rungs_table', 'rungs_few_table', 'rungs_pair_table',
+           'front_table', 'Figure', 'detectors', 'adaptive_contract', 'drawn', 'write_all']
 
 # %% ../../nbs/19_tables.ipynb #tables-imports
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 
 from .decoders import DECODERS, marks
 from .paper import show_number, table_tex, tex_text
@@ -287,6 +288,7 @@ def ladder_table(c):
 def gain_cell(found): # one row of rungs_gains, or none
     if found.empty or found.gain.isna().any(): return '--'
     r = found.iloc[0]
+    if np.isnan(r.lo): return f'{r.gain:+.3f} ({100*r.reached:.0f}\\%)' # too few resamples reach the variety
     return interval(dict(mean=r.gain, lo=r.lo, hi=r.hi)) + ('' if r.lo <= 0 <= r.hi else r'\rlap{$^\dagger$}')
 
 def rungs_table(c, fixed, listed, of, at='T = 1'):
@@ -309,6 +311,13 @@ def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 1'):
     there = lambda names, of: [m for m in names if m in set(gains[of])]
     return table_tex(['', *tasks], [*([named(d), *row(d, base)] for d in there(LADDER, 'decoder')), None,
                                     *([named(f'{ours}, over {r}'), *row(ours, r)] for r in there(PAIRED, 'rival'))], 'l' + 'r'*len(tasks))
+
+def rungs_pair_table(c, ours='by token', rival='by prompt'):
+    "One head over another, at every variety at which they are compared, by task"
+    gains = c.frame('rungs_gains')[lambda x: (x.decoder == ours) & (x.rival == rival)]
+    at = list(dict.fromkeys(gains['at']))
+    return table_tex(['', *map(named, at)], [[t, *(gain_cell(rows[rows['at'] == a]) for a in at)]
+                                             for t,rows in gains.groupby('task', sort=False)], 'l' + 'r'*len(at))
 
 # %% ../../nbs/19_tables.ipynb #tables-front
 FRONT = {'T = 1': 'a constant, T = 1', 'AutoDeco': 'AutoDeco', 'judged, left out': '**a head, by token**',
@@ -349,6 +358,7 @@ TABLES |= dict(
     decoders=((), decoders_table), ladder=(('ladder',), ladder_table), oracles=(('ladder',), oracles_table),
     rungs=(('rungs',), partial(rungs_table, fixed='rival', listed='decoder', of='static, min-p')),
     rungs_few=(('rungs',), rungs_few_table), rungs_hot=(('rungs',), partial(rungs_few_table, at='T = 1.6')),
+    rungs_cold=(('rungs',), partial(rungs_few_table, at='T = 0.7')), rungs_pair=(('rungs',), rungs_pair_table),
     rungs_token=(('rungs',), partial(rungs_table, fixed='decoder', listed='rival', of='by token')))
 
 DETECTORS = {'entropy': 'D', '1 - p_max': 'v'} # scores that are no decoders
