@@ -39,7 +39,6 @@ SLACK = .1 # of an exponent: a quarter more time where the work is ten times as 
 # what a process gives back stays with it, so that what it holds in the end is the most that it held
 KEEP = dict(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(2**34))
 CONTEXT = get_context('forkserver')
-CONTEXT.set_forkserver_preload(['simpledeco.study.texts', 'simpledeco.scan']) # imported once for all processes
 
 
 class Tokenizer:
@@ -164,6 +163,12 @@ SERIES = (Series('pre-scan', prescan, 'corpus', (512, 1024, 2560, 5120), 1, 0),
           Series('sampling', sampling, 'length', (8, 16, 32, 64, 128), 1, 1))
 
 
+def ready():
+    "What the processes find when they start: how memory is kept, and what is imported once for all of them"
+    os.environ |= KEEP
+    CONTEXT.set_forkserver_preload(['simpledeco.scan', 'simpledeco.study.autodeco', 'simpledeco.study.texts'])
+
+
 def held():
     "Memory of this process that is of no file, in MiB"
     return int(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
@@ -214,7 +219,7 @@ def figures(s, found):
 
 
 if __name__ == '__main__':
-    os.environ |= KEEP
+    ready()
     results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0])
     for s in SERIES:
         results[f'{s.stage} over {s.grows}'] = found = figures(s, measure(s))

@@ -1,9 +1,8 @@
 "The arithmetic of the benchmarks, the table that they end in, and each of them once, small"
 import json, math, sys, tempfile
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np, pytest, torch
-from conftest import ROOT
+from conftest import ROOT, run as command
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
 import growth, report, run, sampling
@@ -32,28 +31,35 @@ def test_a_curve_that_is_no_power_tends_elsewhere():
     assert found['exponent'] < .5 < .7 < found['last'] < 1
 
 
-def holds(corpus):
-    "Work that holds so many MiB for a moment, on top of something that was there before"
+MEASURED = '''
+import json, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import growth
+
+def holds(corpus): # so many MiB for a moment, on top of what was there before
     there = torch.ones(2**22)
     return lambda: int(torch.ones(corpus*2**18).sum() + there[0] > 0)
 
-
-def test_memory_is_that_of_the_work_in_a_process_of_its_own(monkeypatch):
-    for k,v in growth.KEEP.items(): monkeypatch.setenv(k, v)
-    s = growth.Series('holding', holds, 'corpus', (32, 64, 128), 1, 1)
-    found = growth.figures(s, growth.measure(s, rounds=2))
-    assert np.allclose(found['megabytes'], s.sizes, rtol=.05, atol=3), found
-    assert abs(found['memory']['exponent'] - 1) < .05 and growth.SLACK + 1 == found['memory']['at_most']
-    assert all(x > 0 for x in found['seconds'] + found['tokens_per_second']) and found['rounds'] == 2
-
-
 def fails(corpus): raise ValueError(f'there is no corpus of {corpus}')
 
+if __name__ == '__main__':
+    growth.ready()
+    s = growth.Series('holding', holds, 'corpus', (32, 128), 1, 1)
+    print(json.dumps(growth.figures(s, growth.measure(s, rounds=2))))
+    growth.measure(s._replace(make=fails), rounds=1)
+'''
 
-def test_a_stage_that_fails_ends_the_measurement():
-    "And does not wait for ever"
-    with pytest.raises(BrokenProcessPool):
-        growth.measure(growth.Series('failing', fails, 'corpus', (1, 2), 1, 1), rounds=1)
+
+def test_memory_is_that_of_the_work_in_a_process_of_its_own(tmp_path):
+    "And a stage that fails ends the measurement"
+    (tmp_path/'measured.py').write_text(MEASURED)
+    done = command(sys.executable, tmp_path/'measured.py', ROOT/'benchmarks', cwd=ROOT, check=False)
+    assert 'ValueError: there is no corpus of 32' in done.stderr and 'BrokenProcessPool' in done.stderr, done.stderr
+    found = json.loads(done.stdout)
+    assert np.allclose(found['megabytes'], found['sizes'], rtol=.05, atol=3), found
+    assert abs(found['memory']['exponent'] - 1) < .05 and found['memory']['at_most'] == 1 + growth.SLACK
+    assert all(x > 0 for x in found['seconds'] + found['tokens_per_second']) and found['rounds'] == 2
 
 
 SMALL = {growth.prescan: (dict(corpus=64, vocabulary=300, rows=2, length=16), 64),
