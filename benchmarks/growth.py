@@ -3,12 +3,13 @@ rows of a batch and the length of texts. Writes benchmarks/growth.json. Run: mak
 
 One thing grows at a time. Each size has a process of its own, so that its memory is its own, and the sizes take turns. An
 exponent is the slope of log time, or log memory, against log size: 1 where twice the work takes twice as long, 0 where it
-takes as long as before. It is the median of the rounds, with a 95% interval that resamples them. The interval knows of the
+takes as long as before. That of time is the median of the rounds, with a 95% interval that resamples them. It knows of the
 noise alone, not of a curve that is no power: `last` is the slope between the two largest sizes, which says where it tends to.
 
-Memory is what a process holds at most beyond the model, or the table, that it began with. Pages of files, of which a table
-consists, do not count: the system may drop them. The least that counts is one MiB. The model has random weights, and
-SmolLM2's shape but for two layers in the place of thirty, which leaves more of the time to the vocabulary than there is.
+Memory is what a process holds after it has done the work once, beyond what it began with, a model or a table. Pages of files,
+of which a table consists, do not count: the system may drop them. The least that counts is one MiB. It is measured once, and
+its interval is the range of the exponents with one size left out. The model has random weights, and SmolLM2's shape but for
+two layers in the place of thirty, which leaves more of the time to the vocabulary than there is.
 """
 import ctypes, json, os, re, sys, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
@@ -192,30 +193,40 @@ def once():
 
 
 def measure(s, rounds=ROUNDS):
-    "Seconds, MiB and tokens [rounds, sizes, 3] of a series; the first round warms up"
+    "Seconds, MiB and tokens [rounds + 1, sizes, 3] of a series; the first round warms up"
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         start = lambda size: stack.enter_context(ProcessPoolExecutor(1, CONTEXT, begin, (s.make, s.grows, size, folder)))
-        processes, found = [start(size) for size in s.sizes], np.zeros((rounds, len(s.sizes), 3))
-        for i in range(-1, rounds):
-            for k in range(len(processes))[::1 if i % 2 else -1]: # the last is overwritten
+        processes, found = [start(size) for size in s.sizes], np.zeros((rounds + 1, len(s.sizes), 3))
+        for i in range(rounds + 1):
+            for k in range(len(processes))[::-1 if i % 2 else 1]:
                 found[i, k] = processes[k].submit(once).result()
     return found
 
 
+def slope(sizes, values):
+    "Of log values [..., sizes] against log sizes, by least squares"
+    return np.polyfit(np.log(sizes), np.log(values).T, 1)[0]
+
+
 def exponent(sizes, values, ideal):
-    "The slope of log values [rounds, sizes] against log sizes, beside that of an ideal"
-    x, y = np.log(sizes), np.log(values)
-    last = np.median((y[:, -1] - y[:, -2])/(x[-1] - x[-2]))
-    return dict(zip(('exponent', 'lo', 'hi'), middle(np.polyfit(x, y.T, 1)[0]))) | dict(at_most=ideal + SLACK, last=float(last))
+    "The median of the slopes of rounds [rounds, sizes], beside that of an ideal"
+    last = np.median(slope(sizes[-2:], values[:, -2:]))
+    return dict(zip(('exponent', 'lo', 'hi'), middle(slope(sizes, values)))) | dict(at_most=ideal + SLACK, last=float(last))
+
+
+def exponent_once(sizes, values, ideal):
+    "The slope of values [sizes] that were measured once, and its range with one of them left out"
+    fewer = [slope(np.delete(sizes, i), np.delete(values, i)) for i in range(len(sizes))]
+    return dict(exponent=slope(sizes, values), lo=min(fewer), hi=max(fewer), at_most=ideal + SLACK, last=slope(sizes[-2:], values[-2:]))
 
 
 def figures(s, found):
     "What is written of a series: of each size the medians, and both exponents"
-    seconds, megabytes, tokens = np.moveaxis(found, 2, 0)
-    middles = dict(seconds=seconds, megabytes=megabytes, tokens_per_second=tokens/seconds)
-    return (dict(sizes=s.sizes, rounds=len(found)) | {k: np.median(v, 0).tolist() for k,v in middles.items()}
-            | dict(time=exponent(s.sizes, seconds, s.time), memory=exponent(s.sizes, megabytes, s.memory)))
+    seconds, memory, tokens = found[1:, :, 0], found[0, :, 1], found[1:, :, 2]
+    middles = dict(seconds=np.median(seconds, 0), megabytes=memory, tokens_per_second=np.median(tokens/seconds, 0))
+    return (dict(sizes=s.sizes, rounds=len(seconds)) | {k: v.tolist() for k,v in middles.items()}
+            | dict(time=exponent(s.sizes, seconds, s.time), memory=exponent_once(s.sizes, memory, s.memory)))
 
 
 if __name__ == '__main__':

@@ -31,6 +31,12 @@ def test_a_curve_that_is_no_power_tends_elsewhere():
     assert found['exponent'] < .5 < .7 < found['last'] < 1
 
 
+def test_an_exponent_that_was_measured_once_has_the_range_without_one_size():
+    found = growth.exponent_once((1, 2, 4, 8), np.array([1, 2, 4, 16]), 1)
+    assert found['lo'] == pytest.approx(1) and found['last'] == pytest.approx(2) # without the last, and at the end
+    assert (found['exponent'], found['hi']) == (pytest.approx(1.3), pytest.approx(1.5))
+
+
 MEASURED = '''
 import json, sys
 import torch
@@ -45,7 +51,7 @@ def fails(corpus): raise ValueError(f'there is no corpus of {corpus}')
 
 if __name__ == '__main__':
     growth.ready()
-    s = growth.Series('holding', holds, 'corpus', (32, 128), 1, 1)
+    s = growth.Series('holding', holds, 'corpus', (32, 64, 128), 1, 1)
     print(json.dumps(growth.figures(s, growth.measure(s, rounds=2))))
     growth.measure(s._replace(make=fails), rounds=1)
 '''
