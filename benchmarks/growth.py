@@ -167,7 +167,8 @@ SERIES = (Series('pre-scan', prescan, 'corpus', (512, 1024, 2560, 5120), 1, 0),
 def ready():
     "What the processes find when they start: how memory is kept, and what is imported once for all of them"
     os.environ |= KEEP
-    CONTEXT.set_forkserver_preload(['simpledeco.scan', 'simpledeco.study.autodeco', 'simpledeco.study.texts'])
+    ours = ['contract', 'onpolicy', 'scan', 'train', 'study.autodeco', 'study.results', 'study.texts']
+    CONTEXT.set_forkserver_preload(['transformers.models.llama.modeling_llama', *(f'simpledeco.{x}' for x in ours)])
 
 
 def held():
