@@ -106,13 +106,17 @@ clean:
 	rm -rf build/*/ heads tokens models answers judged tasks autodeco data paper/main.pdf
 	cd paper && (latexmk -c -silent 2>/dev/null || true)
 
-# speed and memory as ratios, in benchmarks/results.json, and what a model's own settings take away, in defaults.json; many kills and much bad input, in benchmarks/faults.json and bad_input.json,
-# and every text architecture of transformers, in benchmarks/architectures.json
+# speed as ratios, in benchmarks/results.json; the sampler, its parts and its noise, in sampling.json; time and memory as the work grows, in growth.json;
+# what a model's own settings take away, in defaults.json. At the end, what has a limit stands beside it in one table
 .PHONY: bench faults
 bench: setup
 	python benchmarks/run.py
+	python benchmarks/sampling.py
+	python benchmarks/growth.py
 	python benchmarks/defaults.py
+	@python benchmarks/report.py
 
+# many kills and much bad input, in benchmarks/faults.json and bad_input.json, and every text architecture of transformers, in benchmarks/architectures.json
 faults: setup
 	SIMPLEDECO_KILLS=60 SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_faults.py -k 'killed or fed'
 	SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_bad_input.py
