@@ -330,7 +330,7 @@ def test_the_gradient_of_a_head_is_that_of_finite_differences(reads, width, by):
     loss = lambda: head_logprobs(hidden, z, ids, head, scale=1.7)[0].sum()
     loss().backward()
     T = head_logprobs(hidden, z, ids, head)[1]
-    assert T.shape == (2, 5 if by == 'token' else 1) and T.std() > .02 and head.t_min < T.min() and T.max() < head.t_max
+    assert T.shape == (2, 5 if by == 'token' else 1) and T.std() > 1e-3 and head.t_min < T.min() and T.max() < head.t_max
     assert torch.isfinite(loss()), 'a token that is cut has no gradient'
     for p in head.parameters():
         flat = p.data.view(-1)
