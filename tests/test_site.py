@@ -258,5 +258,6 @@ def test_the_leaderboard_has_every_decoder_with_its_interval_and_commit():
         with file.open(encoding='utf-8') as f: known = {r[column] for r in csv.DictReader(f)}
         assert known == {html.unescape(x) for x in rows[heading]}
     r = next(r for r in csv.DictReader((ROOT/'results/full/frontier.csv').open(encoding='utf-8')) if r['method'] == 'judged, left out')
-    said = '{excess:+.3f} <small>[{excess_lo:+.3f}, {excess_hi:+.3f}]</small>'.format(**{k: float(r[k]) for k in r if k.startswith('excess')})
+    excess = {k: float(v) for k,v in r.items() if k.startswith('excess')}
+    said = '{excess:+.3f} <small>[{excess_lo:+.3f}, {excess_hi:+.3f}]</small>'.format(**excess)
     assert said in shown[0][2]
