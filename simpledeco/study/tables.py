@@ -10,7 +10,7 @@ __all__ = ['dot', 'signed', 'named', 'ANSWERS', 'JUDGED', 'FEW', 'IN_FIGURE', 'O
            'settings_table', 'comparison_table', 'frontier_table', 'accuracy_table', 'against_table', 'search_table',
            'benchmarks_table', 'detect_table', 'sentences_table', 'samples_table', 'decoders_table', 'oracle_rows',
            'oracles_table', 'ladder_table', 'gain_cell', 'rungs_table', 'rungs_few_table', 'rungs_pair_table',
-           'front_table', 'Figure', 'detectors', 'adaptive_contract', 'drawn', 'write_all']
+           'front_table', 'Figure', 'adaptive_contract', 'drawn', 'write_all']
 
 # %% ../../nbs/19_tables.ipynb #tables-imports
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .decoders import DECODERS, marks
+from .decoders import DECODERS
 from .paper import show_number, table_tex, tex_text
 from .plots import (plot_auroc, plot_contract, plot_cost, plot_decomposition,
                                     plot_efficiency, plot_frontier, plot_lethality, plot_losses, plot_rungs,
@@ -361,7 +361,7 @@ TABLES |= dict(
     rungs_cold=(('rungs',), partial(rungs_few_table, at='T = 0.7')), rungs_pair=(('rungs',), rungs_pair_table),
     rungs_token=(('rungs',), partial(rungs_table, fixed='decoder', listed='rival', of='by token')))
 
-DETECTORS = {'entropy': 'D', '1 - p_max': 'v'} # scores that are no decoders
+DETECTORS = {'entropy': '$H$', '1 - p_max': '$p$'} # scores that are no decoders, and their markers
 
 # %% ../../nbs/19_tables.ipynb #tables-figures
 class Figure(NamedTuple):
@@ -369,15 +369,12 @@ class Figure(NamedTuple):
     needs:tuple # CSV files
     draw:Callable # Drawn -> figure
 
-def detectors(c):
-    return {k: DETECTORS.get(k) or marks([k])[k] for k in dict.fromkeys(c.frame('auroc').score)}
-
 def adaptive_contract(c): return c.frame('contract')[lambda x: x.rows != 'static']
 
 FIGURES = dict(
     v_curve=Figure(('v_curve', 'reliability'),
                    lambda c: plot_v_curve(c.frame('v_curve'), c.frame('reliability'), c.risk)),
-    auroc=Figure(('auroc',), lambda c: plot_auroc(c.frame('auroc'), detectors(c))),
+    auroc=Figure(('auroc',), lambda c: plot_auroc(c.frame('auroc'), DETECTORS)),
     tradeoff=Figure(('scores',), lambda c: plot_tradeoff(c.frame('scores'))),
     losses=Figure(('loss_curves',), lambda c: plot_losses(c.frame('loss_curves'),
                                                           c.numbers['losses']['one_token']['needed'])),
@@ -386,8 +383,7 @@ FIGURES = dict(
     stability=Figure(('stability', 'stability_curves'),
                      lambda c: plot_stability(c.frame('stability_curves'), c.frame('stability'))),
     cost=Figure(('cost',), lambda c: plot_cost(c.frame('cost'))),
-    decomposition=Figure(('decomposition',), lambda c: plot_decomposition(
-        c.frame('decomposition'), marks(dict.fromkeys(c.frame('decomposition').method)))),
+    decomposition=Figure(('decomposition',), lambda c: plot_decomposition(c.frame('decomposition'))),
     lethality=Figure(('lethality',), lambda c: plot_lethality(c.frame('lethality'))),
     frontier=Figure(('frontier',), lambda c: plot_frontier(c.frame('frontier'))),
     front=Figure(('frontier',), lambda c: plot_frontier(c.frame('frontier'), few={m: FEW[m] for m in IN_FIGURE})),
