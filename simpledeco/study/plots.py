@@ -368,7 +368,7 @@ def plot_rungs(
             ours = r.rival == 'by prompt'
             how = dict(color=COLOURS['ours' if ours else 'control'], mfc=COLOURS['ours'] if ours else 'w')
             ax.errorbar(r.gain, y, xerr=[[r.gain - r.lo], [r.hi - r.gain]], fmt='o', lw=.8, **how)
-            if pd.isna(r.gain): ax.text(0, y, ' never as varied', va='center', fontsize=6, color='.4')
+            if pd.isna(r.gain): ax.text(0, y, ' not to be read', va='center', fontsize=6, color='.4')
         ax.set(xlabel='more often right, by token', ylim=(len(lines) - .5, -.5))
         ax.set_yticks(range(len(lines)), [r if isinstance(r, str) else rivals[r.rival] for r in lines], fontsize=6.5)
         for label,r in zip(ax.get_yticklabels(), lines): label.set_fontweight('bold' if isinstance(r, str) else 'normal')

@@ -389,7 +389,7 @@ FIGURES = dict(
     front=Figure(('frontier',), lambda c: plot_frontier(c.frame('frontier'), few={m: FEW[m] for m in IN_FIGURE})),
     rungs=Figure(('rungs_gains',), lambda c: plot_rungs(c.frame('rungs_gains'), {
         'by prompt': 'over by prompt', 'static, min-p': 'over a constant', 'question mark': 'over question mark',
-        'cross-entropy': 'over cross-entropy'})))
+        'cross-entropy': 'over cross-entropy'}, 'T = 0.7')))
 
 # %% ../../nbs/19_tables.ipynb #tables-write
 def drawn(root, profile, mix, risk): # Drawn
