@@ -91,7 +91,8 @@ def _check_squash(model, factor, cap):
     if not alike(found, wanted, model.dtype):
         raise ValueError(f'{name} changes its logits after the output embedding in a way that its configuration does not name: '
                          'a temperature head does not support this architecture')
-    if not alike(*found.view(2, 8, -1)[:, :-1], model.dtype): raise ValueError(f'{name} looks at the tokens that follow: it cannot have a head')
+    if not alike(*found.view(2, 8, -1)[:, :-1], model.dtype):
+        raise ValueError(f'{name} looks at the tokens that follow: it is no causal model and cannot have a head')
 
 # %% ../nbs/36_fold.ipynb #fold-shards
 def _shards(source):

@@ -251,8 +251,9 @@ def test_weights_of_another_kind(tmp_path):
     with pytest.raises(ValueError, match='no safetensors files'): fold(head, model, out)
 
 
-SQUASHED = [('gemma2', dict(final_logit_softcapping=30.)), ('gemma2', dict(final_logit_softcapping=8.)), ('cohere', dict(logit_scale=.0625)),
-            ('cohere', dict(logit_scale=.3)), ('granite', dict(logits_scaling=8.)), ('granite', dict(logits_scaling=3.))]
+SQUASHED = [('gemma2', dict(final_logit_softcapping=30.)), ('gemma2', dict(final_logit_softcapping=8.)),
+            ('cohere', dict(logit_scale=.0625)), ('cohere', dict(logit_scale=.3)),
+            ('granite', dict(logits_scaling=8.)), ('granite', dict(logits_scaling=3.))]
 
 @pytest.mark.parametrize('kind, kw', SQUASHED)
 def test_models_that_change_their_logits_afterwards(kind, kw, tmp_path):

@@ -141,7 +141,9 @@ def test_vllm(reference, head, folded, texts):
     llm = vllm.LLM(str(folded), dtype='float32', max_model_len=256, max_num_seqs=8, enforce_eager=True,
                    logits_processors=['simpledeco.vllm:RowTemperature'], logprobs_mode='processed_logprobs')
     prompts = [dict(prompt_token_ids=ids) for ids,_ in texts]
-    write = lambda **kw: [o.outputs[0] for o in llm.generate(prompts, vllm.SamplingParams(max_tokens=NEW, ignore_eos=True, **kw), use_tqdm=False)]
+    def write(**kw):
+        found = llm.generate(prompts, vllm.SamplingParams(max_tokens=NEW, ignore_eos=True, **kw), use_tqdm=False)
+        return [o.outputs[0] for o in found]
     for out,(_,answer) in zip(write(temperature=0), texts): assert list(out.token_ids) == answer
     T, found = [], []
     for out,(prompt,_) in zip(write(logprobs=8, min_p=1e-9, seed=0), texts):

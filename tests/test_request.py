@@ -32,7 +32,8 @@ def made(tmp_path_factory):
 
 def divisor_of(model, tokenizer, work, prompt):
     "By what `attach` divides the logits of the first token of an answer, with the same weights as a head by token"
-    chat = tokenizer.apply_chat_template([dict(role='user', content=prompt)], add_generation_prompt=True, return_tensors='pt', return_dict=True)
+    chat = tokenizer.apply_chat_template([dict(role='user', content=prompt)], add_generation_prompt=True,
+                                         return_tensors='pt', return_dict=True)
     with torch.no_grad():
         z = model(**chat).logits[0, -1]
         with attach(model, TemperatureHead.from_pretrained(work/'token')): return (z/model(**chat).logits[0, -1]).median().item()
@@ -70,8 +71,8 @@ def test_bad_input_is_one_line(made, head, prompt, message):
 
 
 def test_a_head_of_another_model_may_be_accepted(made):
-    same = [simpledeco('temperature', head, MODEL, 'Hi', *more, cwd=made[0]).stdout for head,more in (('prompt', []), ('foreign', ['--other-model']))]
-    assert same[0] == same[1]
+    said = lambda *more: simpledeco('temperature', *more, cwd=made[0]).stdout
+    assert said('prompt', MODEL, 'Hi') == said('foreign', MODEL, 'Hi', '--other-model')
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -88,7 +89,8 @@ def test_the_line_for_a_shell_sends_the_number(made, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     T = simpledeco('temperature', 'prompt', MODEL, 'Tell me a story.', cwd=work).stdout.strip()
     line = (f'''T={T}; curl -s 127.0.0.1:{server.server_port}/v1/chat/completions -H 'Content-Type: application/json' -d '{{'''
-            '''"model": "m", "messages": [{"role": "user", "content": "Tell me a story."}], "temperature": '$T', "min_p": 0.1, "top_p": 1}' ''')
+            '''"model": "m", "messages": [{"role": "user", "content": "Tell me a story."}], '''
+            '''"temperature": '$T', "min_p": 0.1, "top_p": 1}' ''')
     done = subprocess.run(['bash', '-c', line], capture_output=True, text=True)
     server.shutdown(); server.server_close()
     body = json.loads(done.stdout)

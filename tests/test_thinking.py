@@ -11,7 +11,8 @@ from simpledeco.onpolicy import judge
 from simpledeco.sample import Answer
 
 TURN = "<|im_start|>{{ m.role }}\n{{ said }}<|im_end|>\n"
-LAST = "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+LAST = ("{% set ns = namespace(last=-1) %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}")
 OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n"
 END = "{% endif %}"
 EACH, ALSO, DONE = "{% for m in messages %}{% set said = m.content %}", "{% if m.role == 'assistant' %}", "{% endif %}"
