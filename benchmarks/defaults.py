@@ -6,7 +6,7 @@ A true token is a token of a held-out conversation; it is kept if `generate`, gi
 probability. What `generate` would do to the logits is taken from itself: it hands the processors that it has prepared to the
 function `custom_generate`.
 """
-import json
+import json, sys
 from pathlib import Path
 
 import torch
@@ -106,5 +106,5 @@ if __name__ == '__main__':
     transformers.logging.set_verbosity_error() # it warns of arguments beside a configuration
     results = measure()
     for name,x in results['shipped_with'].items():
-        print(f'{name:<34} before {x["before"]["mean"]:.1%}  now {x["now"]["mean"]:.1%}')
+        print(f'{name:<34} before {x["before"]["mean"]:.1%}  now {x["now"]["mean"]:.1%}', file=sys.stderr)
     (Path(__file__).parent/'defaults.json').write_text(json.dumps(results, indent=1) + '\n')

@@ -79,11 +79,11 @@ def gigabytes(device, work):
     return torch.cuda.max_memory_allocated()/1e9
 
 
-def random_model(shape, device):
-    "A Llama of that shape, made on the device in bfloat16"
+def random_model(shape, device, dtype=torch.bfloat16):
+    "A Llama of that shape, made on the device"
     torch.manual_seed(0)
     config = LlamaConfig(**shape)
-    with torch.device(device): model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(device): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 

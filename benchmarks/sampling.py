@@ -13,8 +13,12 @@ faster than the bare pass; *read* is how many rows the model read for each token
 
 Both take turns, and what is compared is tokens a second. The parts are shares of the seconds of one call, as
 torch.profiler sees them.
+
+All rules draw with the same noise, and a comparison of two is free of the luck that they share. How much that is: each of
+two rules writes the answers twice, with two seeds. The difference of the two in one seed has the same noise on both sides,
+that across the seeds has not, and what is compared is how wide the 95% intervals of their means are, over groups of prompts.
 """
-import json, os, time
+import json, os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,15 +30,19 @@ from transformers import DynamicCache
 
 from simpledeco.conversations import prompt_ids
 from simpledeco.head import TemperatureHead
+from simpledeco.judge import is_right
 from simpledeco.model import load_model
 from simpledeco.sample import constant, head_rule, sample
 from simpledeco.study.models import model_folder
 from simpledeco.study.profiles import profile_prompts
 from simpledeco.study.settings import load_profile
+from simpledeco.study.texts import test_prompts, text_of, usable, variety
 
 NEW, SAMPLES, ROUNDS = 24, 4, {16: 8, 64: 6, 192: 4} # tokens of a text; texts of a rule; pairs for each number of rows
 STAGES = {'sample: prompt': 'reading the prompts', 'sample: vocabulary': 'vocabulary', 'sample: cache': 'cache'}
 OPERATIONS = {'aten::linear': 'matrix products', 'aten::scaled_dot_product_attention': 'attention'}
+PAIRS = ('T = 0.7', 'T = 1'), ('T = 1', 'T = 1.5') # rules whose difference is taken
+EACH = 20 # questions of each corpus for that, and half as many as the open prompts
 PARTS = (*OPERATIONS.values(), 'rest of the model', 'vocabulary', 'cache', 'reading the prompts')
 
 
@@ -51,7 +59,7 @@ def subject(name='embedded'):
     p = load_profile(name, ROOT)
     model, tokenizer = load_model(model_folder(name))
     prompts = [x['messages'] for x in profile_prompts(p, 4, ['train'])]
-    return SimpleNamespace(model=model, tokenizer=tokenizer, prompts=prompts, rules=decoders(model))
+    return SimpleNamespace(profile=p, model=model, tokenizer=tokenizer, prompts=prompts, rules=decoders(model))
 
 
 def asked(m, rows, i):
@@ -118,12 +126,64 @@ def parts(m, rows):
     return {k: x/sum(found.values()) for k,x in found.items()}
 
 
-if __name__ == '__main__':
-    m = subject()
-    results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0], new_tokens=NEW, rules=len(m.rules), samples=SAMPLES)
+def scored(m, prompts, length, score):
+    "What the answers to each prompt are worth, of the rules in PAIRS and two seeds: {rule: [2, P]}"
+    rules = {name: m.rules[name] for pair in PAIRS for name in pair}
+    found = [sample(m.model, m.tokenizer, [x['messages'] for x in prompts], rules, SAMPLES, length, seed, progress=False)
+             for seed in (0, 1)]
+    return {name: np.array([[score(x, answers) for x,answers in zip(prompts, f[name])] for f in found]) for name in rules}
+
+
+def widths(differences, group, counts):
+    "Width of the 95% interval of the mean of differences [D, P], the mean of D, where groups are drawn `counts` [B, G] times: [B]"
+    _, at, n = np.unique(group, return_inverse=True, return_counts=True)
+    sums = np.stack([np.bincount(at, d) for d in differences])
+    total = counts @ n
+    mean = counts @ sums.T/total[:, None]
+    error = (counts[:, None]*(sums - n*mean[..., None])**2).sum(2)/total[:, None]**2
+    return 2*1.96*np.sqrt(error.mean(1))
+
+
+def narrower(first, second, group, bootstrap=1000):
+    "The interval of the difference of two rules' scores [2 seeds, P] with the noise of one seed, as a share of that with two seeds'"
+    shared, own = first - second, first - second[::-1]
+    groups = len(set(group))
+    drawn = np.random.default_rng(0).multinomial(groups, np.full(groups, 1/groups), bootstrap)
+    of = lambda counts: widths(shared, group, counts)/widths(own, group, counts)
+    lo, hi = np.quantile(of(drawn), (.025, .975))
+    one = np.ones((1, groups))
+    return dict(ratio=of(one)[0], lo=lo, hi=hi, at_most=1, width_shared=widths(shared, group, one)[0],
+                width_own=widths(own, group, one)[0], prompts=len(group), groups=groups)
+
+
+def intervals(m):
+    "(name, how much narrower) for accuracy on questions and variety on open prompts, of each pair of rules"
+    p = m.profile
+    p.test_prompts = EACH
+    questions, opens = test_prompts(p, 'train', p.primary.split())
+    right = lambda x, answers: np.mean([is_right(text_of(m.tokenizer, a), x) for a in answers])
+    varied = lambda x, answers: variety([[answers]])[0]
+    for what,prompts,length,score in (('accuracy', sum(questions.values(), []), p.answer_tokens, right),
+                                      ('variety', opens, p.open_test_tokens, varied)):
+        found = scored(m, prompts, length, score)
+        kept = usable({name: x.sum(0) for name,x in found.items()})
+        group = np.array([x['group'] for x in prompts])[kept]
+        for a,b in PAIRS: yield f'{what}, {a} and {b}', narrower(found[a][:, kept], found[b][:, kept], group)
+
+
+def measurements(m):
+    "(name, result) for each number of rows, and for each pair of rules"
     for rows,rounds in ROUNDS.items():
         pairs = speed(m, rows, rounds)
         speeds = dict(zip(('bare_tokens_per_second', 'tokens_per_second'), 1/np.median(pairs, 0)))
-        results[f'sampling / bare, {rows} rows'] = compared(pairs)[0] | dict(limit=.8, **speeds, read=read(m, rows), parts=parts(m, rows))
-        print(rows, results[f'sampling / bare, {rows} rows'], flush=True)
+        yield f'sampling / bare, {rows} rows', compared(pairs)[0] | dict(at_least=.8, **speeds, read=read(m, rows), parts=parts(m, rows))
+    for name,found in intervals(m): yield f'interval with shared / own noise, {name}', found
+
+
+if __name__ == '__main__':
+    m = subject()
+    results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0], new_tokens=NEW, rules=len(m.rules), samples=SAMPLES)
+    for name,found in measurements(m):
+        results[name] = found
+        print(name, found, file=sys.stderr, flush=True)
         (Path(__file__).parent/'sampling.json').write_text(json.dumps(results, indent=1) + '\n')

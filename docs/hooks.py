@@ -1,6 +1,6 @@
 """The pages of the site that are made and not written: notebooks, figures, the table of decoders and the reference. mkdocs
 calls the functions that begin with `on_`."""
-import csv, html, io, json, re
+import csv, html, io, json, re, subprocess
 from pathlib import Path
 
 import nbformat, yaml
@@ -133,28 +133,106 @@ def figure_page(found):
         made = stages(profile)
         lines.append(f'## Profile `{profile}`\n')
         for name,(_, doc, needs) in drawn.items():
-            stage = lambda x: f'[`{x}`]({x}), made by the stage {stage_link(made[x])}'
+            stage = lambda x: f'[`{x}`]({x}), made by the stage {stage_link(made[x])} with the commit {commit_of(profile, x)}'
             path = f'paper/figures/{profile}/{name}'
             lines += [f'### {name} {{ #{profile}-{name} }}\n', f'{doc}.\n', f'![{doc}]({path}.svg)\n',
                       f'Drawn from {"; ".join(map(stage, needs))}. [PDF]({path}.pdf)\n']
     return '\n'.join(lines)
 
 
-def decoder_table():
-    "results/full/frontier.csv as a table that docs/site.js sorts"
-    rows = list(csv.DictReader((ROOT/'results/full/frontier.csv').open(encoding='utf-8')))
-    number = lambda r, k, form='.3f': format(float(r[k]), form) if r[k] else ''
-    def interval(r, k, lo, hi, form='.3f'):
-        return f'{number(r, k, form)} <small>[{number(r, lo, form)}, {number(r, hi, form)}]</small>' if r[lo] else number(r, k, form)
-    columns = {'decoder': ('method', lambda r: html.escape(r['method'])),
-               'right answers': ('accuracy', lambda r: interval(r, 'accuracy', 'lo', 'hi')),
-               'variety': ('diversity', lambda r: number(r, 'diversity')),
-               'above the constants': ('excess', lambda r: interval(r, 'excess', 'excess_lo', 'excess_hi', '+.3f')),
-               'kind': ('kind', lambda r: r['kind'])}
-    head = ''.join(f'<th aria-sort="none"><button>{c}</button></th>' for c in columns)
-    cell = lambda r, key, show: f'<td data-value="{html.escape(r[key])}">{show(r)}</td>'
-    body = '\n'.join('<tr>' + ''.join(cell(r, *x) for x in columns.values()) + '</tr>' for r in rows)
+# the leaderboard
+
+CONSTANT = 'static, min-p' # what the ladder calls it
+# where decoders are measured: {heading: (what is compared, profile, file of results, which task of it)}
+BOARDS = {
+    'Questions and open prompts: SmolLM2-135M': ('frontier', 'full', 'frontier.csv', None),
+    'The same, with the prompts of `make paper`': ('frontier', 'embedded', 'frontier.csv', None),
+    'Facts, creative: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'facts | creative'),
+    'Plain questions, open requests, without a question mark: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'plain | openly'),
+    'A fact inside fiction: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'inside'),
+    'Facts, creative: Gemma-3-270M, pretrained only': ('rungs', 'gemma', 'rungs_gains.csv', 'facts | creative'),
+    'A fact inside fiction: Gemma-3-270M, pretrained only': ('rungs', 'gemma', 'rungs_gains.csv', 'inside'),
+    'Sets of valid answers: SmolLM2-135M': ('sets', 'embedded', 'ladder.json', None),
+    'Sets of valid answers: Gemma-3-270M, pretrained only': ('sets', 'gemma', 'ladder.json', None),
+    'Reference text, by corpus: SmolLM2-135M': ('text', 'embedded', 'evaluate.json', None)}
+SAYS = dict(
+    frontier='*Right answers*: the share that the answer key accepts. *Variety*: how different the answers to one open prompt are. '
+             '*Above the constants*: accuracy over that of the constant temperature which is as varied.',
+    rungs='Each decoder has several strengths, and is read off where it is as varied as the constant T = 1, or T = 1.6. *Above*: how much '
+          'more often it is right there than a constant, and the head by token than it; empty where one of both is never as varied.',
+    sets='The expected number of distinct valid answers in several draws, exact, without sampling. The oracles know the set.',
+    text='The expected probability of the true token. A constant that keeps more of the tokens has less of it: see the figure *tradeoff*.')
+
+
+def commit_of(profile, path):
+    "The commit that made a file of results, with its date"
+    run = ROOT/'results'/profile/'run.json'
+    if run.exists(): return '`{commit}` of {date}'.format(**json.loads(run.read_text(encoding='utf-8')))
+    made = subprocess.run(['git', 'log', '-1', '--format=`%h` of %as', '--', path], cwd=ROOT, capture_output=True, text=True)
+    return made.stdout.strip() or 'that is not known here'
+
+
+def measured(row, value, lo='', hi='', form='.3f'):
+    "What a cell is sorted by, and what it shows: a number with its interval, or nothing"
+    if not row or row[value] in ('', None): return '', ''
+    shown = lambda k: format(float(row[k]), form)
+    between = f' <small>[{shown(lo)}, {shown(hi)}]</small>' if lo and row[lo] not in ('', None) else ''
+    return float(row[value]), shown(value) + between
+
+
+def frontier_rows(data, _):
+    gained = lambda r: measured(r, 'excess', 'excess_lo', 'excess_hi', '+.3f')
+    return [{'decoder': (r['method'],)*2, 'right answers': measured(r, 'accuracy', 'lo', 'hi'), 'variety': measured(r, 'diversity'),
+             'above the constants': gained(r), 'kind': (r['kind'],)*2} for r in data]
+
+
+def rungs_rows(data, task):
+    data = [r for r in data if r['task'] == task]
+    of, levels = {(r['decoder'], r['rival'], r['at']): r for r in data}, list(dict.fromkeys(r['at'] for r in data))
+    names = list(dict.fromkeys(r['decoder'] for r in data if r['rival'] == CONSTANT))
+    above = lambda *key: measured(of.get(key), 'gain', 'lo', 'hi', '+.3f')
+    def row(name):
+        return {'decoder': (name,)*2} | {f'{what}, {at}': cell for at in levels for what,cell in {
+            'right answers': measured(of[name, CONSTANT, at], 'good'), 'above a constant': above(name, CONSTANT, at),
+            'by token above it': above('by token', name, at)}.items()}
+    return [row(n) for n in names]
+
+
+def sets_rows(data, _):
+    gains = {k.removesuffix(f' over {CONSTANT}'): r for k,r in data['gains'].items() if k.endswith(CONSTANT)}
+    constant = dict(value=next(iter(gains.values()))['rival'])
+    rows = [(f'oracle: {k}', measured(r, 'mean', 'lo', 'hi', '.2f'), ('', '')) for k,r in data['oracles'].items()]
+    rows += [('a constant', measured(constant, 'value', form='.2f'), ('', ''))]
+    rows += [(k, measured(r, 'value', form='.2f'), measured(r, 'mean', 'lo', 'hi', '+.2f')) for k,r in gains.items()]
+    return [{'decoder': (name,)*2, 'valid answers': valid, 'above the constant': above} for name,valid,above in rows]
+
+
+def text_rows(data, _):
+    scores = data['scores']
+    cells = lambda name: {corpus: measured(found[name]['p_true'], 'mean', 'lo', 'hi') for corpus,found in scores.items()}
+    return [{'decoder': (name,)*2} | cells(name) for name in next(iter(scores.values()))]
+
+
+def sortable(rows):
+    "A table that docs/site.js sorts"
+    head = ''.join(f'<th aria-sort="none"><button>{html.escape(c)}</button></th>' for c in rows[0])
+    cell = lambda value, shown: f'<td data-value="{html.escape(str(value))}">{shown}</td>'
+    body = '\n'.join('<tr>' + ''.join(cell(*x) for x in r.values()) + '</tr>' for r in rows)
     return f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def leaderboard():
+    "Every decoder on every task and model, from results/"
+    rows_of = dict(frontier=frontier_rows, rungs=rungs_rows, sets=sets_rows, text=text_rows)
+    sections, said = [], set()
+    for heading,(kind, profile, name, task) in BOARDS.items():
+        path, text = f'results/{profile}/{name}', (ROOT/'results'/profile/name).read_text(encoding='utf-8')
+        data = json.loads(text) if name.endswith('.json') else list(csv.DictReader(io.StringIO(text)))
+        about = '' if kind in said else f'{SAYS[kind]}\n\n'
+        said.add(kind)
+        sections.append(f'## {heading}\n\n{about}[`{path}`]({path}), made with the commit {commit_of(profile, path)}.\n\n'
+                        f'{sortable(rows_of[kind](data, task))}\n')
+    return '\n'.join(sections)
 
 
 # the package
@@ -196,7 +274,8 @@ def on_files(files, config):
         for name,(svg, _, needs) in drawn.items():
             add(f'paper/figures/{profile}/{name}.svg', svg)
             add(f'paper/figures/{profile}/{name}.pdf', path=ROOT/f'paper/figures/{profile}/{name}.pdf')
-    for x in {x for drawn in found.values() for _,_,needs in drawn.values() for x in needs}: add(x, path=ROOT/x)
+    shown = {x for drawn in found.values() for _,_,needs in drawn.values() for x in needs}
+    for x in shown | {f'results/{profile}/{name}' for _,profile,name,_ in BOARDS.values()}: add(x, path=ROOT/x)
     if (ROOT/'paper/main.pdf').exists(): add('paper/main.pdf', path=ROOT/'paper/main.pdf')
     notebooks = made_by()
     for m in modules():
@@ -207,9 +286,7 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri == 'figures.md': return f'{markdown}\n{figure_page(config.extra["figures"])}'
-    if page.file.src_uri == 'decoders.md':
-        run = json.loads((ROOT/'results/full/run.json').read_text(encoding='utf-8'))
-        return markdown.replace('COMMIT', run['commit']).replace('DATE', run['date']).replace('TABLE', decoder_table())
+    if page.file.src_uri == 'decoders.md': return markdown.replace('TABLES', leaderboard())
 
 
 def on_page_content(html_text, page, config, files):

@@ -9,4 +9,4 @@ Modules:
 - `simpledeco.study.strengths`: A hot decoder is varied and a cold one is right, so two decoders may be compared only where they are equally varied. At the end of this page you know how answers become two numbers for each prompt, and how one rung is compared with another at the same variety, with intervals that know that prompts about one country are one prompt.
 - `simpledeco.study.texts`: Decoders are compared by what they write: are the answers to questions right, and are the answers to open prompts varied? At the end of this page you know how prompts are chosen and left out, how answers become numbers with intervals, and how a decoder is compared with a whole frontier of constants."""
 
-__version__ = "0.0.1"
+__version__ = "1.0.0"

@@ -237,7 +237,9 @@ def temper_rows(
 )->torch.Tensor: # [R, V]: divided, -inf in the row and where min-p cuts
     "Each row of logits at the temperature that it holds"
     s, held = settings, logits[:, settings['row']].clone()
-    T = scale*s['scale']*(held + s['b']).clamp(s['t_min'], s['t_max'])
+    if cap := s.get('cap'): raw = cap*(held/cap).clamp(-1, 1).atanh() # of a model that squashes its logits, page 36
+    else: raw = held
+    T = scale*s['scale']*(raw + s['b']).clamp(s['t_min'], s['t_max'])
     logits.div_(torch.where((scale > 0) & held.isfinite(), T, 1.0)[:, None]) # a grammar masks the row before it is read
     logits[:, s['row']] = -torch.inf
     return logits.masked_fill_(logits < (logits.amax(-1) - depth)[:, None], -torch.inf)

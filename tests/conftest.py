@@ -26,12 +26,13 @@ def run(*command, cwd, check=True, **kw):
 
 
 def uneven_head(model, folder): # TemperatureHead, saved in the folder
-    "A head of a model of width 576 whose temperatures differ from token to token"
+    "A head whose temperatures differ from token to token"
     import torch
     from simpledeco.head import TemperatureHead
     from simpledeco.model import fingerprint
     torch.manual_seed(3)
-    head = TemperatureHead(576, width=0, reads='hidden', base_model=fingerprint(model)).eval()
+    d = model.get_output_embeddings().weight.shape[1]
+    head = TemperatureHead(d, width=0, reads='hidden', base_model=fingerprint(model)).eval()
     head.mean.fill_(1.); head.std.fill_(4.)
     head.save_pretrained(folder)
     return head

@@ -15,7 +15,7 @@ from simpledeco.table import TokenTable
 
 MODEL = ROOT/'models/smoke'
 COMMANDS = ['prepare', 'prescan', 'answer', 'train', 'calibrate', 'generate', 'inspect', 'evaluate', 'serve-dir', 'fold', 'compare',
-            'heads', 'demo']
+            'heads', 'demo', 'temperature']
 
 
 def simpledeco(*arguments, cwd, check=True):

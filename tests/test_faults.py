@@ -113,10 +113,10 @@ def job(work, out, ready):
         sys.exit(1)
 
 
-# a server that has imported everything already starts each process, so that a kill costs what the
-# work costs
+# a server that has imported everything already, models and all, starts each process, so that a kill
+# costs what the work costs
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['simpledeco.contract', 'simpledeco.onpolicy', 'simpledeco.scan', 'simpledeco.train'])
+SERVER.set_forkserver_preload(['simpledeco.contract', 'simpledeco.onpolicy', 'simpledeco.study.data', 'simpledeco.study.models'])
 
 
 def start(work, out):

@@ -1,5 +1,5 @@
 "A linear head as a row of the output matrix: the checkpoint, and what reads it in transformers"
-import json, math, shutil
+import copy, json, math, shutil
 
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -7,10 +7,10 @@ from test_decode import IDS, KINDS, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpledeco.decode import attach, sampling
-from simpledeco.fold import fold, row_logprobs, RowTemperature
+from simpledeco.fold import fold, head_logprobs, row_logprobs, RowTemperature
 from simpledeco.head import TemperatureHead
-from simpledeco.model import fingerprint, load_model
-from simpledeco.vllm import read_row, SETTINGS
+from simpledeco.model import fingerprint, load_model, read_output
+from simpledeco.vllm import read_row, SETTINGS, temper_rows
 
 MASK = dict(attention_mask=torch.ones_like(IDS))
 
@@ -251,12 +251,123 @@ def test_weights_of_another_kind(tmp_path):
     with pytest.raises(ValueError, match='no safetensors files'): fold(head, model, out)
 
 
-@pytest.mark.parametrize('kind, kw', [('gemma2', {}), ('cohere', {}), ('granite', dict(logits_scaling=8.))])
-def test_models_that_change_their_logits_afterwards_are_refused(kind, kw, tmp_path):
-    model = tiny(kind, **kw)
+SQUASHED = [('gemma2', dict(final_logit_softcapping=30.)), ('gemma2', dict(final_logit_softcapping=8.)),
+            ('cohere', dict(logit_scale=.0625)), ('cohere', dict(logit_scale=.3)),
+            ('granite', dict(logits_scaling=8.)), ('granite', dict(logits_scaling=3.))]
+
+@pytest.mark.parametrize('kind, kw', SQUASHED)
+def test_models_that_change_their_logits_afterwards(kind, kw, tmp_path):
+    "T is the head's of the hidden state, in float64, and greedy text is the model's"
+    model, head, source, folded = made(tmp_path, kind, tokens=290, **kw)
+    ours, _ = load_model(folded)
+    said = read_row(folded)
+    assert said.get('cap') == kw.get('final_logit_softcapping') and said['error'] < 1e-4
+    with torch.no_grad():
+        hidden, z = model.base_model(IDS).last_hidden_state, ours(IDS).logits
+        plain = (hidden @ model.get_output_embeddings().weight.T)[..., :290]
+        base = model(IDS).logits
+        unit = (hidden.double() - head.mean.double())/head.std.double()
+        double = unit @ head.net[0].weight[0].double() + head.net[0].bias.double() + head.offset.double()
+    assert (plain - base[..., :290]).abs().max() > .1, 'a model that leaves its logits as they are would prove nothing'
+    torch.testing.assert_close(z[..., :290], base[..., :290], rtol=1e-5, atol=1e-5)
+    T = RowTemperature(**ours.generation_config.simpledeco).temperature(z)
+    assert double.std() > .1
+    torch.testing.assert_close(T.double(), double.clamp(head.t_min, head.t_max), rtol=1e-4, atol=1e-4)
+    padded = list(range(290, 300)) # a random model would say them
+    kw = MASK | dict(max_new_tokens=12, do_sample=False)
+    plain = model.generate(IDS, suppress_tokens=padded, **kw)
+    assert torch.equal(ours.generate(IDS, suppress_tokens=padded[1:], **kw, **custom(folded)), plain)
+
+
+def test_a_cap_is_undone_in_the_reader_of_vllm_and_in_the_scores_of_a_trainer(tmp_path):
+    model, head, source, folded = made(tmp_path, 'gemma2', final_logit_softcapping=8.)
+    s, z = read_row(folded), load_model(folded)[0](IDS).logits[0].detach()
+    T = head.temperature(model.base_model(IDS).last_hidden_state[0]).detach()
+    read = temper_rows(z.clone(), torch.ones(len(z)), torch.full((len(z),), math.inf), s)
+    torch.testing.assert_close(read[:, :300], z[:, :300]/T[:, None], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(row_logprobs(z, z[:, :300].argmax(-1), s)[1], T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind, said', [('gemma2', dict(final_logit_softcapping=30.)), ('granite', dict(logits_scaling=8.)),
+                                        ('cohere', dict(logit_scale=.5))])
+def test_a_model_that_does_more_than_its_configuration_says_is_refused(kind, said, tmp_path, monkeypatch):
+    model = tiny(kind, **said)
     stored(tmp_path/'model', model)
     linear_head(model).save_pretrained(tmp_path/'head')
-    with pytest.raises(ValueError, match='after the output embedding'): fold(tmp_path/'head', tmp_path/'model', tmp_path/'out')
+    plain = type(model).forward
+    def more(self, *args, **kw): out = plain(self, *args, **kw); out.logits = out.logits.sin(); return out
+    monkeypatch.setattr(type(model), 'forward', more)
+    with pytest.raises(ValueError, match='in a way that its configuration does not name'):
+        fold(tmp_path/'head', tmp_path/'model', tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
+def test_a_change_that_no_configuration_names_is_refused(tmp_path, monkeypatch):
+    model = tiny('llama')
+    stored(tmp_path/'model', model)
+    linear_head(model).save_pretrained(tmp_path/'head')
+    plain = type(model).forward
+    def more(self, *args, **kw): out = plain(self, *args, **kw); out.logits = out.logits*2; return out
+    monkeypatch.setattr(type(model), 'forward', more)
+    with pytest.raises(ValueError, match='changes its logits after the output embedding'):
+        fold(tmp_path/'head', tmp_path/'model', tmp_path/'out')
+
+
+def in_double(head):
+    "The same head in float64, free to learn"
+    head = copy.deepcopy(head).double()
+    for p in head.parameters(): p.requires_grad_(True)
+    return head
+
+
+@pytest.mark.parametrize('by', ['token', 'prompt'])
+@pytest.mark.parametrize('reads, width', [('hidden', 0), ('hidden', 4), ('logits', 4), ('both', 4)])
+def test_the_gradient_of_a_head_is_that_of_finite_differences(reads, width, by):
+    torch.manual_seed(0)
+    head = in_double(TemperatureHead(32, reads=reads, width=width, by=by))
+    with torch.no_grad(): head.net[-1].weight.mul_(.3)
+    hidden, z = torch.randn(2, 5, 32).double(), 3*torch.randn(2, 5, 300).double()
+    ids = z.topk(2).indices[..., 1] # the second most likely, which min-p keeps
+    loss = lambda: head_logprobs(hidden, z, ids, head, scale=1.7)[0].sum()
+    loss().backward()
+    T = head_logprobs(hidden, z, ids, head)[1]
+    assert T.shape == (2, 5 if by == 'token' else 1) and T.std() > 1e-3 and head.t_min < T.min() and T.max() < head.t_max
+    assert torch.isfinite(loss()), 'a token that is cut has no gradient'
+    for p in head.parameters():
+        flat = p.data.view(-1)
+        for i in range(0, len(flat), 7):
+            eps, kept = 1e-6, flat[i].item()
+            flat[i] = kept + eps; up = loss().item()
+            flat[i] = kept - eps; down = loss().item()
+            flat[i] = kept
+            wanted = (up - down)/(2*eps)
+            assert p.grad.view(-1)[i].item() == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+    assert sum(p.grad.abs().sum() for p in head.parameters()) > .1
+
+
+def test_a_head_that_is_attached_scores_what_it_sampled_with_a_ratio_of_one():
+    model = tiny('llama')
+    head = linear_head(model)
+    kw = MASK | dict(max_new_tokens=20, output_scores=True, return_dict_in_generate=True)
+    torch.manual_seed(0)
+    with attach(model, head, scale=1.5): out = model.generate(IDS, **sampling(head), **kw)
+    new = out.sequences[:, IDS.shape[1]:]
+    wrote = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, new[..., None])[..., 0]
+    with torch.no_grad(): hidden, z, _ = read_output(model, lambda h: h[0, IDS.shape[1] - 1:-1], input_ids=out.sequences)
+    scored, T = head_logprobs(hidden[None], z[None], new, head, scale=1.5)
+    assert new.numel() > 3 and T.std() > .1 and (scored - wrote).expm1().abs().max() < 1e-4
+
+
+def test_a_step_along_the_gradient_makes_a_token_likelier_and_touches_no_model():
+    model = tiny('llama').requires_grad_(False)
+    head = linear_head(model)
+    hidden, z, _ = read_output(model, lambda h: h[0], input_ids=IDS)
+    ids = z.argmax(-1)[None]
+    before = head_logprobs(hidden[None], z[None], ids, head)[0].sum()
+    before.backward()
+    with torch.no_grad():
+        for p in head.parameters(): p.add_(p.grad, alpha=1e-3)
+    assert head_logprobs(hidden[None], z[None], ids, head)[0].sum() > before and all(p.grad is None for p in model.parameters())
 
 
 def test_a_tokenizer_that_knows_no_english(tmp_path):

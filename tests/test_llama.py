@@ -1,5 +1,5 @@
 "Real generation from a folded GGUF file in llama.cpp: run by `make test-llama`, in an environment of its own"
-import json
+import json, socket, subprocess, sys, time, urllib.error, urllib.request
 
 import numpy as np, pytest, torch
 from conftest import ROOT, uneven_head
@@ -7,8 +7,11 @@ from scipy.stats import chisquare
 
 from simpledeco.decode import min_p_filter
 from simpledeco.fold_gguf import fold_gguf as fold, llama_sampling
+from simpledeco.head import TemperatureHead
 from simpledeco.prepare import read_gguf
 from simpledeco.model import read_output
+from simpledeco.ready import ready_path
+from simpledeco.request import request_temperature
 from simpledeco.study.models import package_file
 from simpledeco.study.settings import load_profile
 from simpledeco.vllm import read_row
@@ -125,6 +128,62 @@ def test_chat_completions(base, ours):
     assert len(plain) > 10 and said(ours, **llama_sampling(ours) | dict(temperature=0)) == plain
     hot = [ours.create_chat_completion(talk, max_tokens=8, seed=i, **llama_sampling(ours, scale=3.)) for i in range(6)]
     assert len({x['choices'][0]['message']['content'] for x in hot}) > 1
+
+
+@pytest.fixture(scope='module')
+def asked(reference):
+    "A prompt, and the fields of a request that have the number of the ready head by prompt; llama.cpp cuts before it divides"
+    head = TemperatureHead.from_pretrained(ready_path('smollm2-by-prompt'))
+    T = request_temperature(*reference, head, PROMPTS[1], scale=1.5)
+    return T, head.min_p, dict(temperature=T, min_p=head.min_p**T, top_k=0, top_p=1.0, repeat_penalty=1.0)
+
+
+def check_frequencies(drawn, z, T, min_p):
+    "First tokens are those of min-p at this temperature, temperature first; the texts of tokens are compared, as a server sends text"
+    p = min_p_filter(z/T, min_p).softmax(-1)
+    common = (p*len(drawn) >= 5).nonzero()[:, 0].tolist()
+    seen, wanted = [drawn.count(i) for i in common], [p[i].item()*len(drawn) for i in common]
+    assert all(p[i] > 0 for i in drawn), 'a token that min-p cuts was drawn'
+    assert torch.isfinite(min_p_filter(z, min_p)).sum() != (p > 0).sum(), 'the order must matter here'
+    seen[-1] += len(drawn) - sum(seen); wanted[-1] += len(drawn) - sum(wanted)
+    assert len(seen) > 3 and chisquare(seen, wanted).pvalue > 1e-4
+
+
+def test_a_request_with_the_number_of_a_head_by_prompt(base, prompts, asked):
+    T, min_p, fields = asked
+    z = logits(base, prompts[1])[-1]
+    others = {k: v for k,v in fields.items() if k != 'temperature'} # which is the `temp` of `generate`
+    def draw(seed): base.set_seed(seed); return next(base.generate(prompts[1], temp=T, **others))
+    check_frequencies([draw(i) for i in range(512)], z, T, min_p)
+
+
+@pytest.fixture(scope='module')
+def server():
+    "A server on llama.cpp that speaks OpenAI's protocol: its address"
+    pytest.importorskip('fastapi', reason='pip install "llama-cpp-python[server]"')
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    command = [sys.executable, '-m', 'llama_cpp.server', '--model', SMOL, '--host', '127.0.0.1', '--port', port, '--n_ctx', 512,
+               '--n_threads', 1, '--n_threads_batch', 1]
+    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    address = f'http://127.0.0.1:{port}/v1'
+    for _ in range(600):
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        try: urllib.request.urlopen(f'{address}/models').read(); break
+        except (urllib.error.URLError, OSError): time.sleep(.5)
+    yield address
+    process.terminate(); process.wait()
+
+
+def test_a_server_answers_with_the_number_of_a_head_by_prompt(server, base, prompts, asked):
+    "Over HTTP: first tokens of many requests"
+    T, min_p, fields = asked
+    z = logits(base, prompts[1])[-1]
+    texts = {base.detokenize([i]).decode(errors='replace'): i for i in z.topk(64).indices.tolist()}
+    def draw(seed):
+        body = dict(model='smollm2', messages=[dict(role='user', content=PROMPTS[1])], max_tokens=1, seed=seed, **fields)
+        request = urllib.request.Request(f'{server}/chat/completions', json.dumps(body).encode(), {'Content-Type': 'application/json'})
+        return json.load(urllib.request.urlopen(request))['choices'][0]['message']['content']
+    check_frequencies([texts[draw(i)] for i in range(256)], z, T, min_p)
 
 
 def test_a_file_without_a_row(base):

@@ -1,5 +1,5 @@
 "The site that `make docs` has built: pages in a browser, every link, search, and nothing from another host"
-import functools, itertools, json, re, shutil, subprocess, threading, time
+import csv, functools, html, itertools, json, re, shutil, subprocess, threading, time
 from collections import defaultdict
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -83,7 +83,7 @@ def test_parameters_have_their_comments():
 
 def test_figures_name_the_stage_that_made_them():
     text = re.sub('<[^>]+>', '', (SITE/'figures/index.html').read_text(encoding='utf-8'))
-    assert 'results/embedded/auroc.csv, made by the stage evaluate' in text
+    assert re.search(r'results/embedded/auroc.csv, made by the stage evaluate with the commit [0-9a-f]{7,} of \d{4}-\d\d-\d\d', text)
     assert len(re.findall('made by the stage', text)) >= len(list((ROOT/'paper/figures').rglob('*.pdf')))
 
 
@@ -229,15 +229,35 @@ def test_search_finds_in_the_browser(browser, address):
     assert any('/nbs/01_loss/' in x for x in found)
 
 
-def test_the_table_of_decoders_is_sorted_by_a_heading(browser, address):
+def test_every_table_of_the_leaderboard_is_sorted_by_a_heading(browser, address):
     browser.open(f'{address}decoders/')
-    column = '''[...document.querySelectorAll(".sortable tbody tr")].map(r => r.cells[%d].dataset.value)'''
-    choose = 'document.querySelectorAll(".sortable th button")[%d].click()'
-    heads = browser.run('[...document.querySelectorAll(".sortable th")].map(x => x.textContent)')
-    for name,largest_first in (('right answers', True), ('right answers', False), ('above the constants', True)):
-        n = heads.index(name)
-        browser.run(choose % n)
-        values = browser.run(column % n)
-        numbers = [float(v) for v in values if v]
-        assert len(numbers) > 10 and numbers == sorted(numbers, reverse=largest_first)
-        assert values[len(numbers):] == ['']*(len(values) - len(numbers)), 'rows without a value stay last'
+    tables = browser.run('[...document.querySelectorAll(".sortable")].map(t => [...t.tHead.rows[0].cells].map(x => x.textContent))')
+    assert len(tables) == 10 and all(heads[0] == 'decoder' for heads in tables)
+    for k,heads in enumerate(tables):
+        table = f'document.querySelectorAll(".sortable")[{k}]'
+        for n in range(1, len(heads)):
+            if heads[n] == 'kind': continue
+            for largest_first in (True, False):
+                browser.run(f'{table}.querySelectorAll("th button")[{n}].click()')
+                values = browser.run(f'[...{table}.tBodies[0].rows].map(r => r.cells[{n}].dataset.value)')
+                numbers = [float(v) for v in values if v]
+                assert len(numbers) > 3 and numbers == sorted(numbers, reverse=largest_first), (k, heads[n])
+                assert values[len(numbers):] == ['']*(len(values) - len(numbers)), 'rows without a value stay last'
+
+
+def test_the_leaderboard_has_every_decoder_with_its_interval_and_commit():
+    text = (SITE/'decoders/index.html').read_text(encoding='utf-8')
+    parts = re.findall(r'<h2 id="[^"]*">(.+?)<a(.+?)(?=<h2|</article>)', text, re.S)
+    made = r'made with the commit <code>([0-9a-f]{7,})</code> of [0-9-]{10}\..*?<tbody>(.+?)</tbody>'
+    shown = [(head, found[1], found[2]) for head,part in parts if (found := re.search(made, part, re.S))]
+    assert len(shown) == 10
+    rows = {head: re.findall(r'<tr><td data-value="(.*?)">', body) for head,_,body in shown}
+    for profile,column,heading in (('full', 'method', 'Questions and open prompts: SmolLM2-135M'),
+                                   ('gemma', 'decoder', 'A fact inside fiction: Gemma-3-270M, pretrained only')):
+        file = ROOT/'results'/profile/('frontier.csv' if column == 'method' else 'rungs_gains.csv')
+        with file.open(encoding='utf-8') as f: known = {r[column] for r in csv.DictReader(f)}
+        assert known == {html.unescape(x) for x in rows[heading]}
+    r = next(r for r in csv.DictReader((ROOT/'results/full/frontier.csv').open(encoding='utf-8')) if r['method'] == 'judged, left out')
+    excess = {k: float(v) for k,v in r.items() if k.startswith('excess')}
+    said = '{excess:+.3f} <small>[{excess_lo:+.3f}, {excess_hi:+.3f}]</small>'.format(**excess)
+    assert said in shown[0][2]

@@ -7,7 +7,10 @@ from conftest import ROOT, uneven_head
 
 from simpledeco.decode import min_p_filter
 from simpledeco.fold import fold
+from simpledeco.head import TemperatureHead
 from simpledeco.model import load_model
+from simpledeco.ready import ready_path
+from simpledeco.request import request_temperature
 
 vllm = pytest.importorskip('vllm', reason='run `make test-vllm`')
 MODEL = ROOT/'models/embedded'
@@ -147,6 +150,18 @@ def test_a_request_may_name_its_min_p(reference, folded, ours, prompts, request)
     for min_p in (.4, .01):
         p = min_p_filter(z[0]/T[0], min_p).softmax(-1)
         assert fits(drawn_first(ours, prompts[1], min_p=min_p), torch.cat([p, torch.zeros(1)])) > 1e-4
+
+
+def test_a_request_with_the_number_of_a_head_by_prompt(reference, ours, prompts, request):
+    "As for any model; of a folded one the head by token has to be off"
+    if 'speculating' in request.node.name: pytest.skip('vLLM has no min-p when it speculates')
+    head = TemperatureHead.from_pretrained(ready_path('smollm2-by-prompt'))
+    T = request_temperature(*reference, head, PROMPTS[1], scale=1.5)
+    z, _ = expected(reference, TemperatureHead(576, width=0, reads='hidden'), prompts[1], [0])
+    p = torch.cat([min_p_filter(z[0]/T, head.min_p).softmax(-1), torch.zeros(1)])
+    for top_k in (0, -1): # both mean all
+        asked = dict(temperature=T, min_p=head.min_p, top_k=top_k, top_p=1.0, extra_args=dict(head_scale=0))
+        assert fits(drawn_first(ours, prompts[1], **asked), p) > 1e-4
 
 
 def test_default_requests_name_none(ours):

@@ -7,7 +7,7 @@ typed by hand, and how one more profile is added."""
 # %% auto #0
 __all__ = ['MODEL', 'TOKENS', 'HEADS', 'AUTODECO', 'ANSWERS', 'JUDGED', 'DATA', 'PROMPTS', 'STAGES', 'ONLY_LONG', 'LONG',
            'PRINTED', 'OURS', 'METHODS', 'SUMMARY', 'PLOTS', 'imported', 'import_graph', 'reached', 'code_cells',
-           'parameters', 'Stage', 'modules', 'describe', 'figures', 'paper', 'summary', 'dvc_yaml', 'long_yaml',
+           'parameters', 'Stage', 'made', 'modules', 'describe', 'figures', 'paper', 'summary', 'dvc_yaml', 'long_yaml',
            'check_pipeline', 'run', 'stamp_run']
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-imports
@@ -110,7 +110,9 @@ ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}'
 LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks'),
         'gemma': ('model', 'answers', 'ladder', 'rungs'),
         **{p: ('model', 'rungs') for p in ('rungs', 'rungs-gpu', 'rungs-elsewhere', 'gemma-elsewhere')}}
-PRINTED = ('full', 'rungs', 'gemma', 'rungs-elsewhere', 'gemma-elsewhere') # the long profiles whose results stand in the paper
+PRINTED = ('full', 'rungs', 'gemma') # the long profiles whose results stand in the paper, and those that asked again
+
+def made(profile): return [f'results/{p}/run.json' for p in LONG if p in (profile, f'{profile}-elsewhere')]
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-modules
 def modules(
@@ -149,7 +151,7 @@ def describe(
 def figures(profile, results, root, graph): # a stage that draws what the results of a profile allow
     s = Stage('figures')
     return dict(cmd=f'python -m simpledeco.study.pipeline run figures {profile}',
-                deps=['nbs/pipeline/figures.ipynb', results, *modules(s, root, graph)],
+                deps=['nbs/pipeline/figures.ipynb', *results, *modules(s, root, graph)],
                 params=[x for x in parameters(root/'nbs/pipeline/figures.ipynb') if x != 'profile'],
                 outs=[{x: dict(cache=False)}
                       for x in (f'paper/figures/{profile}', f'paper/tables/{profile}',
@@ -161,7 +163,7 @@ def paper(root, graph): # the stages after all profiles
     code = [f'{m.replace(".", "/")}.py' for m in sorted(reached(graph, ['simpledeco.study.paper']))]
     return dict(
         numbers=dict(cmd='python -m simpledeco.study.paper --numbers',
-                     deps=[*text, 'results/embedded', *(f'results/{p}/run.json' for p in PRINTED),
+                     deps=[*text, 'results/embedded', *(x for p in PRINTED for x in made(p)),
                            *(f'benchmarks/{x}.json' for x in CITED), *code],
                      outs=[{'paper/numbers.tex': dict(cache=False)}]),
         paper=dict(cmd='cd paper && latexmk -pdf -interaction=nonstopmode -halt-on-error main.tex',
@@ -210,9 +212,9 @@ def dvc_yaml(root:Path)->str: # the content of dvc.yaml
     "The pipeline of the profiles in params.yaml"
     graph, item = import_graph(root), '${item}'
     stages = {s.name: dict(foreach='${profiles}', do=describe(s, item, root, graph)) for s in STAGES}
-    stages['figures'] = dict(foreach='${profiles}', do=figures(item, f'results/{item}', root, graph))
+    stages['figures'] = dict(foreach='${profiles}', do=figures(item, [f'results/{item}'], root, graph))
     stages['summary'] = _summary_stage(graph)
-    stages |= {f'figures_{p}': figures(p, f'results/{p}/run.json', root, graph) for p in PRINTED}
+    stages |= {f'figures_{p}': figures(p, made(p), root, graph) for p in PRINTED}
     plots = [{f'results/${{profiles[0]}}/{k}.csv': dict(x=x, y=y, template='scatter')}
              for k,(x,y) in PLOTS.items()]
     return _dump(dict(stages=stages | paper(root, graph), plots=plots))

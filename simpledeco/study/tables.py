@@ -9,8 +9,8 @@ __all__ = ['dot', 'signed', 'named', 'ANSWERS', 'JUDGED', 'FEW', 'IN_FIGURE', 'O
            'corpora_table', 'controls_table', 'verdict_table', 'stability_table', 'settings_of', 'count_settings',
            'settings_table', 'comparison_table', 'frontier_table', 'accuracy_table', 'against_table', 'search_table',
            'benchmarks_table', 'detect_table', 'sentences_table', 'samples_table', 'decoders_table', 'oracle_rows',
-           'oracles_table', 'ladder_table', 'gain_cell', 'rungs_table', 'rungs_few_table', 'rungs_pair_table',
-           'front_table', 'Figure', 'detectors', 'adaptive_contract', 'drawn', 'write_all']
+           'oracles_table', 'ladder_table', 'gain_cell', 'rungs_table', 'rungs_few_table', 'front_table', 'Figure',
+           'adaptive_contract', 'drawn', 'write_all']
 
 # %% ../../nbs/19_tables.ipynb #tables-imports
 from collections.abc import Callable
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from .decoders import DECODERS, marks
+from .decoders import DECODERS
 from .paper import show_number, table_tex, tex_text
 from .plots import (plot_auroc, plot_contract, plot_cost, plot_decomposition,
                                     plot_efficiency, plot_frontier, plot_lethality, plot_losses, plot_rungs,
@@ -44,6 +45,9 @@ class Drawn(NamedTuple):
     mix:list # the training corpora
     risk:float # the share of true tokens one accepts to lose
     def frame(self, name): return read_table(self.folder, name)
+    def gains(self): # of the ladder, and of what was asked elsewhere
+        folders = [self.folder, self.folder.with_name(f'{self.folder.name}-elsewhere')]
+        return pd.concat([read_table(f, 'rungs_gains') for f in folders if (f/'rungs_gains.csv').exists()], ignore_index=True)
     @property
     def corpora(self): return list(self.numbers['evaluate']['scores'])
 
@@ -286,7 +290,8 @@ def ladder_table(c):
 
 # %% ../../nbs/19_tables.ipynb #tables-rungs
 def gain_cell(found): # one row of rungs_gains, or none
-    if found.empty or found.gain.isna().any(): return '--'
+    if found.empty: return '' # not asked
+    if found.gain.isna().any(): return '--'
     r = found.iloc[0]
     if np.isnan(r.lo): return f'{r.gain:+.3f} ({100*r.reached:.0f}\\%)' # too few resamples reach the variety
     return interval(dict(mean=r.gain, lo=r.lo, hi=r.hi)) + ('' if r.lo <= 0 <= r.hi else r'\rlap{$^\dagger$}')
@@ -303,21 +308,14 @@ LADDER = ('by token', 'by prompt', 'first token', 'mean by kind', 'R = 0 on ques
           'learned switch', 'oracle switch', 'EDT', 'AutoDeco', 'static, top-p')
 PAIRED = ('by prompt', 'first token', 'question mark', 'cross-entropy')
 
-def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 1'):
+def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 0.7'):
     "The rungs of the argument over the constant, and the head by token over its rivals"
-    gains = c.frame('rungs_gains')[lambda x: x['at'] == at]
+    gains = c.gains()[lambda x: x['at'] == at]
     tasks = list(dict.fromkeys(gains.task))
     row = lambda d, rival: [gain_cell(gains[(gains.decoder == d) & (gains.rival == rival) & (gains.task == t)]) for t in tasks]
     there = lambda names, of: [m for m in names if m in set(gains[of])]
     return table_tex(['', *tasks], [*([named(d), *row(d, base)] for d in there(LADDER, 'decoder')), None,
                                     *([named(f'{ours}, over {r}'), *row(ours, r)] for r in there(PAIRED, 'rival'))], 'l' + 'r'*len(tasks))
-
-def rungs_pair_table(c, ours='by token', rival='by prompt'):
-    "One head over another, at every variety at which they are compared, by task"
-    gains = c.frame('rungs_gains')[lambda x: (x.decoder == ours) & (x.rival == rival)]
-    at = list(dict.fromkeys(gains['at']))
-    return table_tex(['', *map(named, at)], [[t, *(gain_cell(rows[rows['at'] == a]) for a in at)]
-                                             for t,rows in gains.groupby('task', sort=False)], 'l' + 'r'*len(at))
 
 # %% ../../nbs/19_tables.ipynb #tables-front
 FRONT = {'T = 1': 'a constant, T = 1', 'AutoDeco': 'AutoDeco', 'judged, left out': '**a head, by token**',
@@ -357,11 +355,11 @@ TABLES |= dict(
     samples=(('frontier',), samples_table),
     decoders=((), decoders_table), ladder=(('ladder',), ladder_table), oracles=(('ladder',), oracles_table),
     rungs=(('rungs',), partial(rungs_table, fixed='rival', listed='decoder', of='static, min-p')),
-    rungs_few=(('rungs',), rungs_few_table), rungs_hot=(('rungs',), partial(rungs_few_table, at='T = 1.6')),
-    rungs_cold=(('rungs',), partial(rungs_few_table, at='T = 0.7')), rungs_pair=(('rungs',), rungs_pair_table),
+    rungs_few=(('rungs',), rungs_few_table), 
+    **{f'rungs_{k}': (('rungs',), partial(rungs_few_table, at=at)) for k,at in dict(warm='T = 1', hot='T = 1.6').items()},
     rungs_token=(('rungs',), partial(rungs_table, fixed='decoder', listed='rival', of='by token')))
 
-DETECTORS = {'entropy': 'D', '1 - p_max': 'v'} # scores that are no decoders
+DETECTORS = {'entropy': '$H$', '1 - p_max': '$p$'} # scores that are no decoders, and their markers
 
 # %% ../../nbs/19_tables.ipynb #tables-figures
 class Figure(NamedTuple):
@@ -369,15 +367,12 @@ class Figure(NamedTuple):
     needs:tuple # CSV files
     draw:Callable # Drawn -> figure
 
-def detectors(c):
-    return {k: DETECTORS.get(k) or marks([k])[k] for k in dict.fromkeys(c.frame('auroc').score)}
-
 def adaptive_contract(c): return c.frame('contract')[lambda x: x.rows != 'static']
 
 FIGURES = dict(
     v_curve=Figure(('v_curve', 'reliability'),
                    lambda c: plot_v_curve(c.frame('v_curve'), c.frame('reliability'), c.risk)),
-    auroc=Figure(('auroc',), lambda c: plot_auroc(c.frame('auroc'), detectors(c))),
+    auroc=Figure(('auroc',), lambda c: plot_auroc(c.frame('auroc'), DETECTORS)),
     tradeoff=Figure(('scores',), lambda c: plot_tradeoff(c.frame('scores'))),
     losses=Figure(('loss_curves',), lambda c: plot_losses(c.frame('loss_curves'),
                                                           c.numbers['losses']['one_token']['needed'])),
@@ -386,14 +381,13 @@ FIGURES = dict(
     stability=Figure(('stability', 'stability_curves'),
                      lambda c: plot_stability(c.frame('stability_curves'), c.frame('stability'))),
     cost=Figure(('cost',), lambda c: plot_cost(c.frame('cost'))),
-    decomposition=Figure(('decomposition',), lambda c: plot_decomposition(
-        c.frame('decomposition'), marks(dict.fromkeys(c.frame('decomposition').method)))),
+    decomposition=Figure(('decomposition',), lambda c: plot_decomposition(c.frame('decomposition'))),
     lethality=Figure(('lethality',), lambda c: plot_lethality(c.frame('lethality'))),
     frontier=Figure(('frontier',), lambda c: plot_frontier(c.frame('frontier'))),
     front=Figure(('frontier',), lambda c: plot_frontier(c.frame('frontier'), few={m: FEW[m] for m in IN_FIGURE})),
-    rungs=Figure(('rungs_gains',), lambda c: plot_rungs(c.frame('rungs_gains'), {
+    rungs=Figure(('rungs_gains',), lambda c: plot_rungs(c.gains(), {
         'by prompt': 'over by prompt', 'static, min-p': 'over a constant', 'question mark': 'over question mark',
-        'cross-entropy': 'over cross-entropy'})))
+        'cross-entropy': 'over cross-entropy'}, 'T = 0.7')))
 
 # %% ../../nbs/19_tables.ipynb #tables-write
 def drawn(root, profile, mix, risk): # Drawn
