@@ -183,7 +183,8 @@ def mean_temperatures(head, table, examples): # {'open': T, 'closed': T}
 
 # %% ../../nbs/52_rungs.ipynb #rows-helpers
 WARM, HOT, TIMES = (.4, .7, 1., 1.3, 1.6, 2.), (.7, 1., 1.3, 1.6, 2., 2.5), (.5, 1., 1.5, 2., 3., 4.5)
-FAR = (.25, *TIMES, 7., 11.) # for rungs whose six strengths begin or end between the constants they are compared with
+# more strengths for rungs whose six begin or end between the constants that they are compared with; sampled, and not tuned over
+FAR = dict.fromkeys(('by token', 'by prompt', 'first token', 'mean by kind'), (.25, 7., 11.))
 
 def rung(name, family, about, mark, grid, live, source=''): # a row
     return Decoder(name, family, about, mark, source, ('rungs',), live=live, grid=grid)
@@ -246,18 +247,18 @@ LEARNED_RUNGS = [
     rung('AutoDeco', 'learned', 'a temperature and a nucleus for each token', '^', TIMES,
          lambda c, s: autodeco_rule(c.autodeco, s), 'autodeco')]
 OUR_RUNGS = [
-    rung('by token', 'ours', 'a temperature for each token', 'o', FAR,
+    rung('by token', 'ours', 'a temperature for each token', 'o', TIMES,
          lambda c, s: c.head('by token', s)),
-    rung('by prompt', 'ours', 'one temperature for each prompt', 's', FAR,
+    rung('by prompt', 'ours', 'one temperature for each prompt', 's', TIMES,
          lambda c, s: c.head('by prompt', s)),
     rung('both sides', 'ours', 'by token, with evidence from wrong answers', 'P', TIMES,
          lambda c, s: c.head('both sides', s))]
 CONTROL_RUNGS = [
-    rung('first token', 'control', 'what the head by token says first, for the whole answer', '<', FAR,
+    rung('first token', 'control', 'what the head by token says first, for the whole answer', '<', TIMES,
          lambda c, s: at_first(c.heads['by token'], s, c.min_p)),
     rung('running mean', 'control', 'the mean of what the head by token has said in the answer', 'h', TIMES,
          lambda c, s: running_mean(c.heads['by token'], s, c.min_p)),
-    rung('mean by kind', 'control', 'its mean on questions, and its mean on open prompts', 'p', FAR,
+    rung('mean by kind', 'control', 'its mean on questions, and its mean on open prompts', 'p', TIMES,
          lambda c, s: c.by_prompt(s*torch.where(c.open, c.means['open'], c.means['closed']))),
     *(rung(name, 'control', about, mark, TIMES,
          lambda c, s, name=name: c.head(name, s)) for name,about,mark in (
