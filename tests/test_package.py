@@ -64,7 +64,9 @@ def test_what_setup_installs_is_whole_and_fits_every_python_3_11():
     while todo: # what the project needs, one package through the other
         wanted = todo.pop()
         name = canonicalize_name(wanted.name)
-        if name not in here: here[name] = (m := distribution(name).metadata)['Version'], m['Requires-Python'], m.get_all('Requires-Dist', [])
+        if name not in here:
+            said = distribution(name).metadata
+            here[name] = said['Version'], said['Requires-Python'], said.get_all('Requires-Dist', [])
         version, python, needs = here[name]
         assert wanted.specifier.contains(version, prereleases=True), wanted
         for extra in {'', *wanted.extras} - {e for n,e in seen if n == name}:
