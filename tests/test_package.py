@@ -1,5 +1,5 @@
 "What is uploaded: wheel and sdist, and a head with its card"
-import shutil, sys, tarfile, zipfile
+import re, shutil, sys, tarfile, zipfile
 from importlib.metadata import distribution
 from types import SimpleNamespace
 
@@ -77,3 +77,9 @@ def test_what_setup_installs_is_whole_and_fits_every_python_3_11():
     for name,(version,python,_) in here.items():
         assert [x.operator for x in pins[name].specifier] == ['=='] and pins[name].specifier.contains(version), name
         assert SpecifierSet(python or '').contains('3.11.0'), name
+
+
+def test_files_that_commands_install_from_are_there():
+    commands = [ROOT/'Makefile', ROOT/'Dockerfile', *(ROOT/'.github/workflows').glob('*.yml')]
+    named = {f for file in commands for f in re.findall(r'\s-[rc] ([\w/.-]+\.txt)', file.read_text())}
+    assert {'requirements.txt', 'docs/requirements.txt'} <= named and all((ROOT/f).is_file() for f in named), named
