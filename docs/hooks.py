@@ -150,10 +150,8 @@ BOARDS = {
     'Facts, creative: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'facts | creative'),
     'Plain questions, open requests, without a question mark: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'plain | openly'),
     'A fact inside fiction: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'inside'),
-    'A fact inside fiction, elsewhere: SmolLM2-135M': ('rungs', 'rungs-elsewhere', 'rungs_gains.csv', 'elsewhere'),
     'Facts, creative: Gemma-3-270M, pretrained only': ('rungs', 'gemma', 'rungs_gains.csv', 'facts | creative'),
     'A fact inside fiction: Gemma-3-270M, pretrained only': ('rungs', 'gemma', 'rungs_gains.csv', 'inside'),
-    'A fact inside fiction, elsewhere: Gemma-3-270M, pretrained only': ('rungs', 'gemma-elsewhere', 'rungs_gains.csv', 'elsewhere'),
     'Sets of valid answers: SmolLM2-135M': ('sets', 'embedded', 'ladder.json', None),
     'Sets of valid answers: Gemma-3-270M, pretrained only': ('sets', 'gemma', 'ladder.json', None),
     'Reference text, by corpus: SmolLM2-135M': ('text', 'embedded', 'evaluate.json', None)}
@@ -198,7 +196,9 @@ def rungs_rows(data, task):
         return {'decoder': (name,)*2} | {f'{what}, {at}': cell for at in levels for what,cell in {
             'right answers': measured(of[name, CONSTANT, at], 'good'), 'above a constant': above(name, CONSTANT, at),
             'by token above it': above('by token', name, at)}.items()}
-    return [row(n) for n in names]
+    rows = [row(n) for n in names]
+    filled = [c for c in rows[0] if sum(r[c][1] != '' for r in rows) > 3] # a column of three values is no ranking
+    return [{c: r[c] for c in filled} for r in rows]
 
 
 def sets_rows(data, _):
