@@ -224,9 +224,8 @@ def generate(inputs=None, *, model, generation_config=None, logits_processor=Non
 def _own_generate():
     "The text of custom_generate/generate.py"
     from simpledeco import fold # the exported module: a notebook does not know the text of its classes
-    parts = ('import torch\nfrom transformers import LogitsProcessor\n', inspect.getsource(fold.RowTemperature),
-             inspect.getsource(fold.generate))
-    return '\n\n'.join(parts)
+    parts = (fold.uncapped, fold.RowTemperature, fold.generate)
+    return '\n\n'.join(['import torch\nfrom transformers import LogitsProcessor\n', *map(inspect.getsource, parts)])
 
 # %% ../nbs/36_fold.ipynb #fold-probe
 PROBE = ('The capital of France is Paris. Once upon a time, a girl named Ada found 3 red apples; '
