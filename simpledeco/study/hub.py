@@ -1,5 +1,5 @@
 """The corpora that a lab would use lie on the Hugging Face hub, each with columns of its own. At the
-end of this page you know how seven of them become the same kind of example that the pinned
+end of this page you know how ten of them become the same kind of example that the pinned
 packages give, why a repository is named together with a commit, and what to do when one cannot be
 opened."""
 
@@ -7,7 +7,7 @@ opened."""
 
 # %% auto #0
 __all__ = ['HISTORY', 'Schema', 'SCHEMAS', 'gsm8k', 'deepmath', 'ultrachat', 'tulu', 'ultrafeedback', 'triviaqa', 'history',
-           'open_corpus', 'hub_corpus']
+           'webquestions', 'nq_open', 'instructions', 'open_corpus', 'hub_corpus']
 
 # %% ../../nbs/42_hub.ipynb #study-hub-imports
 import re
@@ -62,6 +62,21 @@ def history(row):
     ask = '\n'.join([row['question'], *lines, 'Answer with the letter of the right choice.'])
     return row['question'], turns(ask, lines[row['answer']]), ['ABCD'[row['answer']]]
 
+# %% ../../nbs/42_hub.ipynb #people
+def webquestions(row):
+    "question, answers"
+    if any('://' in a for a in row['answers']): return None
+    return row['question'], turns(row['question'], row['answers'][0]), row['answers']
+
+def nq_open(row):
+    "question, answer (a list)"
+    return row['question'], turns(row['question'], row['answer'][0]), row['answer']
+
+def instructions(row):
+    "instruction, instances with input and output"
+    if any(x['input'] for x in row['instances']): return None
+    return row['instruction'], turns(row['instruction'], row['instances'][0]['output']), []
+
 # %% ../../nbs/42_hub.ipynb #f146c35e
 Schema = namedtuple('Schema', 'config train test columns adapt check')
 SCHEMAS = dict(
@@ -75,7 +90,10 @@ SCHEMAS = dict(
     triviaqa=Schema('rc.nocontext', 'train', 'validation', ['question', 'question_id', 'answer'],
                     triviaqa, 'name'),
     history=Schema('all', 'test', None, ['question', 'subject', 'choices', 'answer'], history,
-                   'letter'))
+                   'letter'),
+    webquestions=Schema('default', 'train', 'test', ['question', 'answers'], webquestions, 'name'),
+    nq_open=Schema('nq_open', 'validation', None, ['question', 'answer'], nq_open, 'name'),
+    instructions=Schema('default', 'train', None, ['instruction', 'instances'], instructions, None))
 
 # %% ../../nbs/42_hub.ipynb #d22e45d4
 def open_corpus(

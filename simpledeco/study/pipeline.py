@@ -109,10 +109,10 @@ ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}'
 # the long profiles and their stages
 LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks'),
         'gemma': ('model', 'answers', 'ladder', 'rungs'),
-        **{p: ('model', 'rungs') for p in ('rungs', 'rungs-gpu', 'rungs-elsewhere', 'gemma-elsewhere')}}
+        **{p: ('model', 'rungs') for p in ('rungs', 'rungs-gpu', 'rungs-elsewhere', 'gemma-elsewhere', 'rungs-further', 'gemma-further')}}
 PRINTED = ('full', 'rungs', 'gemma') # the long profiles whose results stand in the paper, and those that asked again
 
-def made(profile): return [f'results/{p}/run.json' for p in LONG if p in (profile, f'{profile}-elsewhere')]
+def made(profile): return [f'results/{p}/run.json' for p in LONG if p in (profile, f'{profile}-elsewhere', f'{profile}-further')]
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-modules
 def modules(
