@@ -232,16 +232,18 @@ def fit_autodeco(
     _check_weight(table, output_weight)
     rows = table.rows(corpora, ['train'])
     fit_rows, held = hold_out(table, rows if keep is None else rows[keep[rows]])
-    held = spread(held, 1000)
+    draws = torch.stack([*batches(dict(all=torch.arange(len(fit_rows))), batch, steps, seed)]) # [steps, batch]
+    drawn, draws = draws.unique(return_inverse=True)
+    x, held = token_columns(table, fit_rows[drawn]), spread(held, 1000) # no more than is drawn, however large the corpus
     torch.manual_seed(seed)
     heads = AutoDeco(table.info['hidden_size'], base_model=table.info['model'])
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-    for step,i in enumerate(batches(dict(all=torch.arange(len(fit_rows))), batch, steps, seed)):
+    for step,i in enumerate(draws):
         if curve is not None and step % max(1, steps//8) == 0:
             curve.append(dict(step=step, **score_autodeco(heads, table, held, **tricks)))
         optimizer.zero_grad()
-        autodeco_loss(heads, token_columns(table, fit_rows[i]), output_weight, **tricks).backward()
+        autodeco_loss(heads, {k: v[i] for k,v in x.items()}, output_weight, **tricks).backward()
         nn.utils.clip_grad_norm_(heads.parameters(), 1.)
         optimizer.step(); schedule.step()
     if curve is not None: curve.append(dict(step=steps, **score_autodeco(heads, table, held, **tricks)))
