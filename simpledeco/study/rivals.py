@@ -42,6 +42,7 @@ def fit_entropy_head(
 ): # entropy [M] -> temperature [M]
     "The best piecewise constant function of the entropy under the minimum-sufficient hinge"
     edges = entropy.quantile(torch.linspace(0, 1, bins+1)[1:-1]).unique()
+    edges = edges[torch.bucketize(entropy, edges, right=True).unique()[1:] - 1] # where a bin begins that holds a token
     place, needed = torch.bucketize(entropy, edges, right=True), required_temperature(gap, min_p)
     level = lambda x: x.sort().values[math.ceil((1 - risk)*len(x) - 1e-9) - 1]
     values = torch.stack([level(needed[place == i]) for i in range(len(edges)+1)])
