@@ -19,7 +19,7 @@ import yaml
 
 from ..files import write_json
 from .paper import CITED, normalise
-from .results import read_results, results_folder, stamp
+from .results import AGAIN, read_results, results_folder, stamp
 from .settings import load_params, project_root
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-imported
@@ -112,7 +112,7 @@ LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontie
         **{p: ('model', 'rungs') for p in ('rungs', 'rungs-gpu', 'rungs-elsewhere', 'gemma-elsewhere', 'rungs-further', 'gemma-further')}}
 PRINTED = ('full', 'rungs', 'gemma') # the long profiles whose results stand in the paper, and those that asked again
 
-def made(profile): return [f'results/{p}/run.json' for p in LONG if p in (profile, f'{profile}-elsewhere', f'{profile}-further')]
+def made(profile): return [f'results/{p}/run.json' for p in LONG if p in (profile, *(f'{profile}-{x}' for x in AGAIN))]
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-modules
 def modules(

@@ -26,7 +26,7 @@ from .paper import show_number, table_tex, tex_text
 from .plots import (plot_auroc, plot_contract, plot_cost, plot_decomposition,
                                     plot_efficiency, plot_frontier, plot_lethality, plot_losses, plot_rungs,
                                     plot_stability, plot_tradeoff, plot_v_curve, save)
-from .results import read_results, read_table
+from .results import AGAIN, read_results, read_table
 
 # %% ../../nbs/19_tables.ipynb #tables-show
 dot = lambda x: show_number(x).removeprefix('0')
@@ -45,8 +45,8 @@ class Drawn(NamedTuple):
     mix:list # the training corpora
     risk:float # the share of true tokens one accepts to lose
     def frame(self, name): return read_table(self.folder, name)
-    def gains(self): # of the ladder, and of what was asked elsewhere
-        folders = [self.folder, self.folder.with_name(f'{self.folder.name}-elsewhere')]
+    def gains(self): # of the ladder, and of what was asked again
+        folders = [self.folder, *(self.folder.with_name(f'{self.folder.name}-{x}') for x in AGAIN)]
         return pd.concat([read_table(f, 'rungs_gains') for f in folders if (f/'rungs_gains.csv').exists()], ignore_index=True)
     @property
     def corpora(self): return list(self.numbers['evaluate']['scores'])
