@@ -222,8 +222,10 @@ def dvc_yaml(root:Path)->str: # the content of dvc.yaml
 def long_yaml(root:Path, profile:str)->str: # the content of results/<profile>/dvc.yaml
     "The pipeline of a long profile, which lies beside its results and is not part of `dvc repro`"
     graph = import_graph(root)
-    return _dump(dict(stages={s.name: dict(wdir='../..') | describe(s, profile, root, graph)
-                              for s in STAGES + ONLY_LONG if s.name in LONG[profile]}))
+    stages = {s.name: dict(wdir='../..') | describe(s, profile, root, graph) for s in STAGES + ONLY_LONG if s.name in LONG[profile]}
+    first, _, again = profile.rpartition('-')
+    if again == 'further': stages['rungs']['deps'].append(f'results/{first}-elsewhere/rungs.csv') # read together with it
+    return _dump(dict(stages=stages))
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-dump
 def _dump(tree):

@@ -11,7 +11,7 @@ from .rungs import RUNGS
 
 # %% ../../nbs/54_plan.ipynb #plan-pairs
 TASKS = {'facts | creative': ('facts', 'creative'), 'plain | openly': ('plain', 'openly'),
-         **{k: (k, k) for k in ('inside', 'elsewhere', 'further')}}
+         **{k: (k, k) for k in ('inside', 'elsewhere', 'further', 'all places')}}
 AT = {f'T = {s:g}': ('static, min-p', s) for s in (.7, 1., 1.6)}
 BASE, OURS = 'static, min-p', ('by token', 'by prompt')
 RIVALS = ('by prompt', 'first token', 'running mean', 'mean by kind', 'question mark',
