@@ -494,11 +494,8 @@ def _own_temperature(model, head, ids, other_model):
     "The temperature of a head by prompt for a prompt [1, T]; None of a head by token. Raises `ValueError` when it does not fit"
     from simpledeco.decode import prompt_temperature
     from simpledeco.head import check_fits
-    from simpledeco.model import fingerprint
     check_fits(head, model, other_model)
-    if head.by == 'token': return None
-    if other_model: head.base_model = fingerprint(model) # it was accepted
-    return prompt_temperature(model, head, ids).item()
+    return None if head.by == 'token' else prompt_temperature(model, head, ids, other_model=other_model).item()
 
 # %% ../nbs/35_cli.ipynb #cli-by-token
 def _check_by_token(head, command):
@@ -539,15 +536,14 @@ def generate(head:Head, model:Model, prompt:str, scale:Scale=1.0, max_new_tokens
 @app.command(epilog='Example: `simpledeco temperature smollm2-by-prompt models/smollm2 "Tell me a story."`')
 def temperature(head:Head, model:Model, prompt:str, scale:Scale=1.0, dtype:Dtype='float32', device:Device='', other_model:OtherModel=False):
     "Print the temperature that a head by prompt gives a prompt, for a request to a server."
-    import torch
     from simpledeco.head import TemperatureHead
-    from simpledeco.request import as_messages
+    from simpledeco.request import as_messages, request_temperature
     decoder, messages = TemperatureHead.from_pretrained(head), as_messages(prompt)
     if decoder.by == 'token':
         raise ValueError(f'{head} has a temperature for each token, which no request can say: use generate, serve-dir or fold')
     loaded, tokenizer = _load(model, dtype, device)
-    ids = torch.tensor([_asked(loaded, tokenizer, messages, 'the prompt')], device=loaded.device)
-    console.print(f'{scale*_own_temperature(loaded, decoder.to(loaded.device), ids, other_model):.6g}')
+    _asked(loaded, tokenizer, messages, 'the prompt') # raises where the model cannot read it
+    console.print(f'{request_temperature(loaded, tokenizer, decoder.to(loaded.device), messages, scale, other_model):.6g}')
 
 # %% ../nbs/35_cli.ipynb #check-talk
 def _check_talk(model, tokenizer, messages, option):

@@ -60,9 +60,11 @@ class Attachment:
 @torch.no_grad()
 def check_plain_logits(
     model, # a causal language model
+    factor:float=1.0, # that its configuration says it multiplies its logits with
+    cap:float|None=None, # c of the c*tanh(z/c) that it says comes after that
 ):
     """Raise `ValueError` unless the model writes from left to right and its logits are what its
-    output embedding gives"""
+    output embedding gives, multiplied and capped as its configuration says"""
     name = type(model).__name__
     if model.get_output_embeddings() is None or getattr(model.config, 'is_encoder_decoder', False):
         raise ValueError(f'{name} is not a causal language model with an output '
@@ -72,9 +74,9 @@ def check_plain_logits(
     if torch.isnan(logits).any() or not torch.isfinite(logits.amax(-1)).all():
         raise ValueError(f'{name} gives logits that are NaN or infinite: load '
                          'it in float32 or bfloat16, or copy or download it again')
-    if not (given is not None and given.shape == logits.shape and torch.equal(given, logits)):
-        raise ValueError(f'{name} changes its logits after the output embedding '
-                         '(soft-capping or scaling): '
+    if not _made_of(given, logits, factor, cap):
+        how = '(soft-capping or scaling)' if factor == 1 and not cap else 'in a way that its configuration does not name'
+        raise ValueError(f'{name} changes its logits after the output embedding {how}: '
                          'a temperature head does not support this architecture')
     if not alike(logits[0, :-1], logits[1, :-1], model.dtype):
         raise ValueError(f'{name} looks at the tokens that follow: it is an '
@@ -99,6 +101,15 @@ def _first_logits(model):
                          f'alone ({type(e).__name__}: {e}): a head cannot be used with it') from e
     finally: handle.remove()
     return (seen[0] if len(seen) == 1 else None), logits
+
+# %% ../nbs/05_decode.ipynb #made-of
+def _made_of(given, logits, factor, cap):
+    """Whether logits are those of the output embedding: bit for bit, or up to rounding where these are
+    multiplied or capped"""
+    if given is None or given.shape != logits.shape: return False
+    if factor == 1 and not cap: return torch.equal(given, logits)
+    wanted = factor*given.float()
+    return alike(logits, cap*(wanted/cap).tanh() if cap else wanted, given.dtype)
 
 # %% ../nbs/05_decode.ipynb #2f179e42
 _attaching = Lock()
@@ -193,10 +204,11 @@ def prompt_temperature(
     head, # a TemperatureHead by prompt that was trained for it
     ids:torch.Tensor, # [B, T] prompts as token ids, with the turn of the assistant opened
     scale:float=1.0, # multiplies every temperature
+    other_model:bool=False, # accept a model that the head was not trained for
     **inputs, # of the model, such as attention_mask for prompts that are padded on the left
 )->torch.Tensor: # [B] float32
     "The temperature with which to answer each prompt. Raises `ValueError` when the head does not fit"
     if head.by != 'prompt': raise ValueError('this head has a temperature for each token: attach it')
-    check_fits(head, model)
+    check_fits(head, model, other_model)
     hidden, logits, _ = read_output(model, lambda h: h[:, -1], input_ids=ids, **inputs)
     return scale*head.temperature(head.live_inputs(hidden, logits))

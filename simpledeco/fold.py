@@ -78,22 +78,6 @@ def squash_of(
             if isinstance(v := getattr(config, k, None), int | float) and v}
     return dict(factor=said.get('logit_scale', 1.0)/said.get('logits_scaling', 1.0), cap=said.get('final_logit_softcapping'))
 
-# %% ../nbs/36_fold.ipynb #fold-squash-check
-@torch.no_grad()
-def _check_squash(model, factor, cap):
-    "Raise `ValueError` unless the logits are those of the output matrix, times a factor and capped, and no token sees those behind it"
-    name, ids = type(model).__name__, torch.arange(8, device=model.get_input_embeddings().weight.device).repeat(2, 1)
-    ids[1, -1] = 1
-    _, given, out = read_output(model, lambda h: h.flatten(0, 1), input_ids=ids, use_cache=False)
-    wanted, found = factor*given.float(), out.logits[0]
-    if cap: wanted = cap*(wanted/cap).tanh()
-    if not torch.isfinite(found).all(): raise ValueError(f'{name} gives logits that are NaN or infinite: load it in float32 or bfloat16')
-    if not alike(found, wanted, model.dtype):
-        raise ValueError(f'{name} changes its logits after the output embedding in a way that its configuration does not name: '
-                         'a temperature head does not support this architecture')
-    if not alike(*found.view(2, 8, -1)[:, :-1], model.dtype):
-        raise ValueError(f'{name} looks at the tokens that follow: it is no causal model and cannot have a head')
-
 # %% ../nbs/36_fold.ipynb #fold-shards
 def _shards(source):
     "The files of weights of a checkpoint, and the type of its largest tensor"
@@ -264,8 +248,7 @@ def check_out(
 
 
 def _check_model(model, head, other_model, factor, cap):
-    if factor == 1 and not cap: check_plain_logits(model)
-    else: _check_squash(model, factor, cap)
+    check_plain_logits(model, factor, cap)
     check_fits(head, model, other_model)
     if getattr(model.get_output_embeddings(), 'bias', None) is not None:
         raise ValueError(f'the output matrix of {type(model).__name__} has a bias beside it, for '

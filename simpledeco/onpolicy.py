@@ -35,10 +35,11 @@ def judge(
 def _judged(tokenizer, prompt, k, read, said, ended):
     "The k-th answer to a prompt as an example"
     text = tokenizer.decode(said[:-1] if ended else said, skip_special_tokens=True)
+    opened = '<think>'*tokenizer.decode(read).rstrip().endswith('<think>') # by the template
     messages = [*prompt['messages'], dict(role='assistant', content=text)]
     where = list(range(len(read), len(read) + len(said)))
     return dict(prompt, id=f"{prompt['id']}-{k}", messages=messages, ids=[*read, *said],
-                where=where, right=is_right(text, prompt), ended=ended)
+                where=where, right=is_right(opened + text, prompt), ended=ended)
 
 # %% ../nbs/06_onpolicy.ipynb #on-policy
 def on_policy(

@@ -30,7 +30,8 @@ def request_temperature(
     head, # a TemperatureHead by prompt that was trained for the model
     prompt:str|list, # what the user says, or a conversation that ends with the user
     scale:float=1.0, # multiplies every temperature
+    other_model:bool=False, # accept a model that the head was not trained for
 )->float:
     "The temperature with which to answer a prompt. Raises `ValueError` when the head does not fit, or for an empty prompt"
-    ids = prompt_ids(tokenizer, [as_messages(prompt)])
-    return prompt_temperature(model, head, torch.tensor(ids, device=model.get_input_embeddings().weight.device), scale).item()
+    ids = torch.tensor(prompt_ids(tokenizer, [as_messages(prompt)]), device=model.get_input_embeddings().weight.device)
+    return prompt_temperature(model, head, ids, scale, other_model).item()

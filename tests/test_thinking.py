@@ -112,10 +112,24 @@ def test_a_number_is_looked_for_at_the_end_and_so_behind_the_thinking(check, ans
     assert judge(tokenizer, [prompt], [[Answer(wrote, 0.)]], [tokenizer.eos_token_id])[0]['right'] == right
 
 
-@pytest.mark.xfail(reason='`judge` reads the thinking as well as the answer: a key that is only thought of counts as right', strict=True)
-def test_a_phrase_that_is_only_thought_of_is_no_right_answer():
-    tokenizer = tokenizer_with('strips_earlier')
-    wrote = tokenizer(thought('It is Lyon.', 'Is it Paris? No.') + '<|im_end|>', add_special_tokens=False).input_ids
+@pytest.mark.parametrize('wrote, right', [
+    (thought('It is Lyon.', 'Is it Paris? No.'), False), (thought('It is Paris.', 'Is it Lyon? No.'), True),
+    ('<think>\nIs it Paris? Or', False), ('It is Paris.', True)])
+def test_a_phrase_that_is_only_thought_of_is_no_right_answer(wrote, right):
+    assert judged('strips_earlier', wrote)['right'] == right
+
+
+@pytest.mark.parametrize('wrote, right', [('Is it Paris? No.\n</think>\n\nIt is Lyon.', False), ('Lyon? No.\n</think>\n\nIt is Paris.', True),
+                                          ('Is it Paris? Or', False)])
+def test_thinking_that_the_template_opened_is_no_answer_either(wrote, right):
+    example = judged('opens_and_drops', wrote)
+    assert example['right'] == right and example['messages'][-1]['content'] == wrote
+
+
+def judged(name, wrote):
+    "An answer as an example, ended by the model"
+    tokenizer = tokenizer_with(name)
     prompt = dict(id='p', corpus='facts', split='train', group='g', messages=talk('What is the capital of France?'), answer='Paris',
                   check='phrase')
-    assert not judge(tokenizer, [prompt], [[Answer(wrote, 0.)]], [tokenizer.eos_token_id])[0]['right']
+    ids = tokenizer(wrote + '<|im_end|>', add_special_tokens=False).input_ids
+    return judge(tokenizer, [prompt], [[Answer(ids, 0.)]], [tokenizer.eos_token_id])[0]
