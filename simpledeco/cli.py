@@ -30,7 +30,8 @@ from .look import ColourStream, summary, token_page, token_report
 from .ready import find_head, ready_heads, ready_path
 
 # %% ../nbs/35_cli.ipynb #8a0c4ee6
-app = typer.Typer(help='One temperature per token for a frozen language model.',
+app = typer.Typer(help='A temperature for each prompt, or for each token, of a frozen language model.',
+                  epilog='Begin with `simpledeco heads`: heads to try, and how to get their model.',
                   no_args_is_help=True, pretty_exceptions_enable=False,
                   add_completion=False, rich_markup_mode='markdown')
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, force_jupyter=False)
@@ -727,7 +728,7 @@ def demo(head:Head, model:Model, scale:Scale=1.0,
          temperature:Annotated[float, typer.Option(parser=between(0, 10), metavar='0<x<10', help='of the answer beside')]=1.0,
          port:Annotated[int, typer.Option(min=0, max=2**16 - 1, help='of 127.0.0.1; 0: one that is free')]=8017,
          max_new_tokens:MostNew=120, dtype:Dtype='float32', device:Device='', other_model:OtherModel=False):
-    "Open a page on this machine: a prompt, answered with one temperature and with a head, side by side."
+    "Serve a page on this machine: a prompt, answered with one temperature and with a head, side by side."
     from simpledeco.demo import demo_page, DemoServer, side_by_side
     from simpledeco.head import check_fits, TemperatureHead
     with DemoServer(port) as server:
