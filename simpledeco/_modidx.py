@@ -293,6 +293,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'simpledeco.look._why': ('look.html#_why', 'simpledeco/look.py'),
                                  'simpledeco.look.added_text': ('look.html#added_text', 'simpledeco/look.py'),
                                  'simpledeco.look.heat': ('look.html#heat', 'simpledeco/look.py'),
+                                 'simpledeco.look.page_script': ('look.html#page_script', 'simpledeco/look.py'),
                                  'simpledeco.look.summary': ('look.html#summary', 'simpledeco/look.py'),
                                  'simpledeco.look.token_page': ('look.html#token_page', 'simpledeco/look.py'),
                                  'simpledeco.look.token_report': ('look.html#token_report', 'simpledeco/look.py')},
