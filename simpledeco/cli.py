@@ -27,10 +27,11 @@ from . import __version__
 from .files import json_lines, read_json, write_json, write_whole
 from .judge import CHECKS, is_right
 from .look import ColourStream, summary, token_page, token_report
-from .ready import find_head, ready_heads, ready_model, ready_path
+from .ready import find_head, ready_heads, ready_path
 
 # %% ../nbs/35_cli.ipynb #8a0c4ee6
-app = typer.Typer(help='One temperature per token for a frozen language model.',
+app = typer.Typer(help='A temperature for each prompt, or for each token, of a frozen language model.',
+                  epilog='Begin with `simpledeco heads`: heads to try, and how to get their model.',
                   no_args_is_help=True, pretty_exceptions_enable=False,
                   add_completion=False, rich_markup_mode='markdown')
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, force_jupyter=False)
@@ -51,7 +52,7 @@ def between(
 
 # %% ../nbs/35_cli.ipynb #7438dcf5
 Model = Annotated[str, typer.Argument(help='folder or hub id of a causal language model')]
-Head = Annotated[str, typer.Argument(callback=find_head, help='folder or hub id of a head, or the name of a ready one')]
+Head = Annotated[str, typer.Argument(callback=find_head, help='folder or hub id of a head, or the name of a ready one or of its model')]
 TablePath = Annotated[Path, typer.Argument(help='folder written by prescan or answer')]
 Out = Annotated[Path, typer.Argument(help='folder to write')]
 Data = Annotated[list[str], typer.Option(help='a JSON Lines file with "messages"; may be repeated')]
@@ -698,7 +699,7 @@ def _heads_table():
 
 # %% ../nbs/35_cli.ipynb #heads-command
 @app.command(epilog='Example: `simpledeco heads smollm2-by-prompt --model models/smollm2`')
-def heads(name:Annotated[Optional[str], typer.Argument(help='of a ready head; without one they are listed')]=None,
+def heads(name:Annotated[Optional[str], typer.Argument(help='of a ready head, or of its model; without one they are listed')]=None,
           to:Annotated[Optional[Path], typer.Option(help='folder to copy the head to')]=None,
           model:Annotated[Optional[Path], typer.Option(help='folder to write the model to that it was trained for')]=None):
     "List the heads that come with the package, show the card of one, and make its model."
@@ -711,6 +712,7 @@ def heads(name:Annotated[Optional[str], typer.Argument(help='of a ready head; wi
         shutil.copytree(folder, to)
     if model:
         from transformers.utils import logging
+        from simpledeco.prepare import ready_model
         logging.disable_progress_bar()
         ready_model(name, model)
     if not (to or model): console.print((folder/'README.md').read_text(encoding='utf-8').split('---\n', 2)[-1])
@@ -722,7 +724,7 @@ def demo(head:Head, model:Model, scale:Scale=1.0,
          temperature:Annotated[float, typer.Option(parser=between(0, 10), metavar='0<x<10', help='of the answer beside')]=1.0,
          port:Annotated[int, typer.Option(min=0, max=2**16 - 1, help='of 127.0.0.1; 0: one that is free')]=8017,
          max_new_tokens:MostNew=120, dtype:Dtype='float32', device:Device='', other_model:OtherModel=False):
-    "Open a page on this machine: a prompt, answered with one temperature and with a head, side by side."
+    "Serve a page on this machine: a prompt, answered with one temperature and with a head, side by side."
     from simpledeco.demo import demo_page, DemoServer, side_by_side
     from simpledeco.head import check_fits, TemperatureHead
     with DemoServer(port) as server:

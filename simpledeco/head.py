@@ -23,6 +23,7 @@ from .checks import check_file, check_fraction
 from .files import checksum, sweep, write_whole
 from .logits import nucleus_gap
 from .model import fingerprint, sizes
+from .ready import find_head, no_ready_head
 
 # %% ../nbs/02_head.ipynb #163bf7c5
 RANKS = (2, 4, 8, 16, 32, 64, 128)
@@ -200,9 +201,9 @@ def _check_weights(head, path):
 def _from_pretrained(cls:TemperatureHead, *, model_id, revision, cache_dir, force_download,
                      local_files_only, token, map_location='cpu', **config):
     "Safetensors only, and every tensor must be there"
-    if 'hidden_size' not in config:
-        raise FileNotFoundError(f'no head in {model_id}: a head is a folder or '
-                                f'a hub repository with config.json and {SAFETENSORS_SINGLE_FILE}')
+    if 'base_model' not in config: # a model has none
+        raise FileNotFoundError(f'no head in {model_id}: a head is a folder or a hub repository with config.json '
+                                f'and {SAFETENSORS_SINGLE_FILE}; {no_ready_head(model_id)}')
     where = dict(revision=revision, cache_dir=cache_dir, force_download=force_download,
                  local_files_only=local_files_only, token=token)
     path = (Path(model_id)/SAFETENSORS_SINGLE_FILE if Path(model_id).is_dir()
@@ -219,8 +220,9 @@ def _from_pretrained(cls:TemperatureHead, *, model_id, revision, cache_dir, forc
 # %% ../nbs/02_head.ipynb #19352bd0
 @patch(cls_method=True)
 def from_pretrained(cls:TemperatureHead, name, **kwargs):
-    """A head from a folder or a hub repository. Raises `FileNotFoundError` where there is none,
-    `ValueError` for a damaged one"""
+    """A head from a folder, by the name of a ready head or of its model, or from a hub repository. Raises `FileNotFoundError`
+    where there is none, `ValueError` for a damaged one"""
+    name = find_head(name)
     check_file(Path(name)/'config.json')
     try: return PyTorchModelHubMixin.from_pretrained.__func__(cls, name, **kwargs)
     except (json.JSONDecodeError, UnicodeError, RecursionError, TypeError, AttributeError) as e:
@@ -228,7 +230,7 @@ def from_pretrained(cls:TemperatureHead, name, **kwargs):
                          f'a head ({e}): copy or train it again') from e
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as e:
         raise FileNotFoundError(f'no head at {name}: it is not a folder, nor a hub repository '
-                                f'that this machine can reach ({str(e).splitlines()[0]})') from e
+                                f'that this machine can reach ({str(e).splitlines()[0]}); {no_ready_head(name)}') from e
 
 # %% ../nbs/02_head.ipynb #6593c63b
 @patch

@@ -10,7 +10,6 @@ from simpledeco.conversations import prompt_ids
 from simpledeco.demo import side_by_side
 from simpledeco.head import TemperatureHead
 from simpledeco.model import load_model
-from simpledeco.ready import ready_path
 
 SHOWN = """[...document.querySelectorAll('.sd-a')].map(side => {
   const tokens = [...side.querySelectorAll('ruby')], copy = side.cloneNode(true)
@@ -69,7 +68,7 @@ def test_the_page_shows_what_the_model_says_with_each_temperature(page):
     static, own = page.js(SHOWN)
     model, tokenizer = load_model(MODEL)
     ids = prompt_ids(tokenizer, [[dict(role='user', content='Write a story about a lighthouse.')]])[0]
-    events = list(side_by_side(model, tokenizer, TemperatureHead.from_pretrained(ready_path('smollm2-by-token')), ids, .7, 2, MOST))
+    events = list(side_by_side(model, tokenizer, TemperatureHead.from_pretrained('smollm2-by-token'), ids, .7, 2, MOST))
     for side,shown in enumerate((static, own)):
         mine = [(text, t) for s,text,t in events if s == side and text]
         assert shown['T'] == [f'{t:.1f}' for _,t in mine]

@@ -7,10 +7,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from simpledeco.fold_gguf import fold_gguf as fold, KEY, llama_sampling
-from simpledeco.prepare import read_gguf
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, read_output
-from simpledeco.study.models import package_file
+from simpledeco.prepare import package_file, read_gguf
 from simpledeco.study.settings import load_profile
 from simpledeco.vllm import read_row
 

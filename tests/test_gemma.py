@@ -87,7 +87,7 @@ def test_transformers(reference, head, folded, texts):
 
 def gguf():
     "The file that the pipeline's model was made of, for as long as a block lasts"
-    from simpledeco.study.models import joined
+    from simpledeco.prepare import joined
     from simpledeco.study.settings import load_profile
     p = load_profile('gemma', ROOT)
     try: return joined(p.model.removeprefix('package:'), p.sha256)

@@ -8,11 +8,9 @@ from scipy.stats import chisquare
 from simpledeco.decode import min_p_filter
 from simpledeco.fold_gguf import fold_gguf as fold, llama_sampling
 from simpledeco.head import TemperatureHead
-from simpledeco.prepare import read_gguf
 from simpledeco.model import read_output
-from simpledeco.ready import ready_path
+from simpledeco.prepare import package_file, read_gguf
 from simpledeco.request import request_temperature
-from simpledeco.study.models import package_file
 from simpledeco.study.settings import load_profile
 from simpledeco.vllm import read_row
 
@@ -133,7 +131,7 @@ def test_chat_completions(base, ours):
 @pytest.fixture(scope='module')
 def asked(reference):
     "A prompt, and the fields of a request that have the number of the ready head by prompt; llama.cpp cuts before it divides"
-    head = TemperatureHead.from_pretrained(ready_path('smollm2-by-prompt'))
+    head = TemperatureHead.from_pretrained('smollm2-by-prompt')
     T = request_temperature(*reference, head, PROMPTS[1], scale=1.5)
     return T, head.min_p, dict(temperature=T, min_p=head.min_p**T, top_k=0, top_p=1.0, repeat_penalty=1.0)
 

@@ -20,7 +20,8 @@ def test_wheel_and_sdist(clone, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(p.relative_to(ROOT)) for p in (ROOT/'simpledeco').rglob('*.py')}
     heads = {str(p.relative_to(ROOT)) for p in (ROOT/'simpledeco/heads').rglob('*.*')}
-    assert {n for n in names if n.startswith('simpledeco/')} == modules | heads and len(heads) == 9
+    scripts = {'simpledeco/look.js', 'simpledeco/demo.js'}
+    assert {n for n in names if n.startswith('simpledeco/')} == modules | heads | scripts and len(heads) == 9
     points = zipfile.ZipFile(wheel).read(next(n for n in names
                                               if n.endswith('entry_points.txt'))).decode()
     for line in ('simpledeco = simpledeco.cli:main', 'simpledeco = simpledeco.vllm:register',

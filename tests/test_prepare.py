@@ -7,7 +7,7 @@ from test_cli import check_one_line, simpledeco
 from transformers import AutoTokenizer
 
 from conftest import ROOT
-from simpledeco.study.models import package_file
+from simpledeco.prepare import package_file
 from simpledeco.study.settings import load_profile
 from simpledeco.table import TokenTable
 

@@ -1,7 +1,7 @@
 "The heads that come with the package: found by name, made again, and refused with a way on"
 import re
 
-import pytest
+import huggingface_hub, pytest, torch
 from conftest import ROOT
 from test_cli import simpledeco
 
@@ -36,6 +36,40 @@ def test_a_name_stands_for_a_head_in_every_command(tmp_path):
     assert (tmp_path/'folded/config.json').exists()
 
 
+def same(a, b): return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+
+
+def test_a_head_is_found_by_its_name_and_by_that_of_its_model(tmp_path):
+    by_name = TemperatureHead.from_pretrained('smollm2-by-token')
+    assert same(by_name, TemperatureHead.from_pretrained(HEADS/'smollm2-by-token')) and by_name.by == 'token'
+    by_model = TemperatureHead.from_pretrained('HuggingFaceTB/SmolLM2-135M-Instruct')
+    assert same(by_model, TemperatureHead.from_pretrained(HEADS/'smollm2-by-prompt')) and by_model.by == 'prompt'
+    said = simpledeco('temperature', 'HuggingFaceTB/SmolLM2-135M-Instruct', MODEL, 'Tell me a story.', cwd=tmp_path).stdout
+    assert said == simpledeco('temperature', 'smollm2-by-prompt', MODEL, 'Tell me a story.', cwd=tmp_path).stdout
+
+
+def test_a_folder_named_like_a_model_comes_before_its_ready_head(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    TemperatureHead(32, base_model='mine').save_pretrained('HuggingFaceTB/SmolLM2-135M-Instruct')
+    assert TemperatureHead.from_pretrained('HuggingFaceTB/SmolLM2-135M-Instruct').base_model == 'mine'
+
+
+@pytest.mark.parametrize('here', [True, False])
+def test_a_model_without_a_ready_head(monkeypatch, here):
+    "Its weights are not asked for, whether the hub, which stands in a folder, can be reached or not"
+    asked, missing = [], huggingface_hub.errors.LocalEntryNotFoundError('offline')
+    def download(repo_id, filename, **kw):
+        asked.append(filename)
+        if not here: raise missing
+        return str(SMOKE/filename)
+    monkeypatch.setattr('huggingface_hub.hub_mixin.hf_hub_download', download)
+    monkeypatch.setattr('simpledeco.head.hf_hub_download', download)
+    with pytest.raises(FileNotFoundError) as e: TemperatureHead.from_pretrained('Qwen/Qwen2.5-0.5B-Instruct')
+    for words in ('no head', 'no ready head is called Qwen/Qwen2.5-0.5B-Instruct: there are smollm2-by-prompt,',
+                  'all for HuggingFaceTB/SmolLM2-135M-Instruct', 'train a head of your own'): assert words in str(e.value)
+    assert asked == ['config.json']
+
+
 def test_a_folder_of_the_user_comes_first(tmp_path):
     TemperatureHead(32, base_model='mine').save_pretrained(tmp_path/'smollm2-by-token')
     done = simpledeco('generate', 'smollm2-by-token', MODEL, 'hi', cwd=tmp_path, check=False)
@@ -53,7 +87,7 @@ def test_a_folder_of_the_user_comes_first(tmp_path):
     (['fold', 'smollm2-by-prompt', MODEL, 'folded'], 'wants a head by token'),
     (['heads', '--to', 'x'], 'want the name of a head'), (['heads', 'smollm2-text', '--to', '.'], '. exists: choose another folder'),
     (['heads', 'smollm2-text', '--model', '.'], '. exists and holds no model: choose another folder'),
-    (['heads', 'smollm2-text', '--model', SMOKE], 'the head reads hidden states')])
+    (['heads', 'smollm2-text', '--model', SMOKE], 'holds another model than the one that smollm2-text was trained for: choose another folder')])
 def test_what_does_not_fit_is_said_with_a_way_on(tmp_path, arguments, said):
     (tmp_path/'other').touch()
     done = simpledeco(*arguments, cwd=tmp_path, check=False)

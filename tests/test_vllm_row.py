@@ -9,7 +9,6 @@ from simpledeco.decode import min_p_filter
 from simpledeco.fold import fold
 from simpledeco.head import TemperatureHead
 from simpledeco.model import load_model
-from simpledeco.ready import ready_path
 from simpledeco.request import request_temperature
 
 vllm = pytest.importorskip('vllm', reason='run `make test-vllm`')
@@ -155,7 +154,7 @@ def test_a_request_may_name_its_min_p(reference, folded, ours, prompts, request)
 def test_a_request_with_the_number_of_a_head_by_prompt(reference, ours, prompts, request):
     "As for any model; of a folded one the head by token has to be off"
     if 'speculating' in request.node.name: pytest.skip('vLLM has no min-p when it speculates')
-    head = TemperatureHead.from_pretrained(ready_path('smollm2-by-prompt'))
+    head = TemperatureHead.from_pretrained('smollm2-by-prompt')
     T = request_temperature(*reference, head, PROMPTS[1], scale=1.5)
     z, _ = expected(reference, TemperatureHead(576, width=0, reads='hidden'), prompts[1], [0])
     p = torch.cat([min_p_filter(z[0]/T, head.min_p).softmax(-1), torch.zeros(1)])

@@ -87,9 +87,7 @@ def card(
     methods:dict, # of `frontier` in the results
 )->str: # Markdown
     "The card of a ready head"
-    text = str(head.generate_model_card()).replace('from_pretrained(...)', f"from_pretrained(ready_path('{name}'))")
-    text = text.replace('    from simpledeco.head import TemperatureHead\n',
-                        '    from simpledeco.head import TemperatureHead\n    from simpledeco.ready import ready_path\n')
+    text = str(head.generate_model_card()).replace('from_pretrained(...)', f"from_pretrained('{name}')")
     if head.by == 'prompt': text = _by_prompt(text)
     elif name in MEASURED: text = text.replace('attach(model, head)', 'attach(model, head, scale=2)')
     return text.rstrip() + '\n' + (NOTE.format(table=measured(methods, MEASURED[name] + RULES), unknown=UNKNOWN[name])

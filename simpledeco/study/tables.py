@@ -404,7 +404,7 @@ def write_all(
             [k for k,(needs,_) in TABLES.items() if set(needs) <= c.numbers.keys()])
     for folder in (figures, tables): folder.mkdir(parents=True, exist_ok=True)
     for k in done[0]:
-        for end in ('pdf', 'svg') if k == 'frontier' else ('pdf',): # a web page shows no PDF
+        for end in ('pdf', 'svg') if k == 'front' else ('pdf',): # a web page shows no PDF
             save(FIGURES[k].draw(c), figures/f'{k}.{end}')
     for k in done[1]: (tables/f'{k}.tex').write_text(TABLES[k][1](c), encoding='utf-8')
     return done
