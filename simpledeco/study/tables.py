@@ -47,7 +47,8 @@ class Drawn(NamedTuple):
     def frame(self, name): return read_table(self.folder, name)
     def gains(self): # of the ladder, and of what was asked again
         folders = [self.folder, *(self.folder.with_name(f'{self.folder.name}-{x}') for x in AGAIN)]
-        return pd.concat([read_table(f, 'rungs_gains') for f in folders if (f/'rungs_gains.csv').exists()], ignore_index=True)
+        found = pd.concat([read_table(f, 'rungs_gains') for f in folders if (f/'rungs_gains.csv').exists()], ignore_index=True)
+        return found[~found.task.isin(AGAIN)] if 'all places' in set(found.task) else found # these are in it
     @property
     def corpora(self): return list(self.numbers['evaluate']['scores'])
 
