@@ -121,6 +121,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'simpledeco.demo': { 'simpledeco.demo.DemoServer': ('demo.html#demoserver', 'simpledeco/demo.py'),
                                  'simpledeco.demo.DemoServer.__init__': ('demo.html#demoserver.__init__', 'simpledeco/demo.py'),
                                  'simpledeco.demo.DemoServer.address': ('demo.html#demoserver.address', 'simpledeco/demo.py'),
+                                 'simpledeco.demo.DemoServer.handle_error': ('demo.html#demoserver.handle_error', 'simpledeco/demo.py'),
                                  'simpledeco.demo.DemoServer.show': ('demo.html#demoserver.show', 'simpledeco/demo.py'),
                                  'simpledeco.demo._Handler': ('demo.html#_handler', 'simpledeco/demo.py'),
                                  'simpledeco.demo._Handler._answer': ('demo.html#_handler._answer', 'simpledeco/demo.py'),

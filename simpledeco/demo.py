@@ -8,7 +8,7 @@ head, side by side, as the tokens come."""
 __all__ = ['PROMPTS', 'PAGE', 'side_by_side', 'demo_page', 'DemoServer']
 
 # %% ../nbs/39b_demo.ipynb #demo-imports
-import errno, json, math
+import errno, json, math, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 
@@ -188,5 +188,8 @@ class DemoServer(ThreadingHTTPServer):
     ):
         self.page, self.ids_of, self.answer, self.most = page, ids_of, answer, most
         return self
+    def handle_error(self, request, client_address):
+        "A reader who has left is no fault"
+        if not isinstance(sys.exc_info()[1], ConnectionError): super().handle_error(request, client_address)
     @property
     def address(self)->str: return f'http://127.0.0.1:{self.server_port}/'
