@@ -41,14 +41,15 @@ def side_by_side(
     import torch
     from simpledeco.conversations import end_tokens
     from simpledeco.model import context_length, read_output
-    ends, generator = end_tokens(model, tokenizer), torch.Generator().manual_seed(seed)
+    from simpledeco.sample import past_name
+    past, ends, generator = past_name(model), end_tokens(model, tokenizer), torch.Generator().manual_seed(seed)
     texts, over, own, cache = [TextStream(tokenizer, skip_special_tokens=True) for _ in range(2)], [False, False], None, None
     new = torch.tensor([ids, ids], device=model.device)
     for _ in range(min(most, context_length(model) - len(ids))):
         with torch.no_grad():
-            hidden, z, made = read_output(model, lambda h: h[:, -1], input_ids=new, past_key_values=cache, use_cache=True)
+            hidden, z, made = read_output(model, lambda h: h[:, -1], input_ids=new, use_cache=True, **{past: cache})
             if own is None or head.by == 'token': own = scale*head.temperature(head.live_inputs(hidden[1:], z[1:]))
-        T, cache = torch.cat([torch.full_like(own, temperature), own]), made.past_key_values
+        T, cache = torch.cat([torch.full_like(own, temperature), own]), getattr(made, past)
         new = _choose(z, T, head.min_p, generator)[:, None].to(model.device)
         for side,(token, t) in enumerate(zip(new[:, 0].tolist(), T.tolist())):
             if over[side]: continue
