@@ -73,7 +73,7 @@ Share = partial(typer.Option, parser=between(0, 1), metavar='0<x<1')
 Scale = Annotated[float, typer.Option(parser=between(0, 1e6), metavar='x>0',
                                       help='multiplies every temperature')]
 Static = Annotated[Optional[float], typer.Option(parser=between(0, 1e6), metavar='x>0',
-                                                 help='of every token of the answer beside; default: 1')]
+                                                 help='of every token of the answer beside, before the scale; default: 1')]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help='random seed')]
 MostNew = Annotated[int, Count(help='tokens after which an answer is cut')]
 MostExamples = Annotated[int, typer.Option(min=0,

@@ -8,7 +8,7 @@ head, side by side, as the tokens come."""
 __all__ = ['PROMPTS', 'PAGE', 'side_by_side', 'demo_page', 'DemoServer']
 
 # %% ../nbs/39b_demo.ipynb #demo-imports
-import errno, json, math
+import errno, json, math, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 
@@ -41,14 +41,15 @@ def side_by_side(
     import torch
     from simpledeco.conversations import end_tokens
     from simpledeco.model import context_length, read_output
-    ends, generator = end_tokens(model, tokenizer), torch.Generator().manual_seed(seed)
+    from simpledeco.sample import past_name
+    past, ends, generator = past_name(model), end_tokens(model, tokenizer), torch.Generator().manual_seed(seed)
     texts, over, own, cache = [TextStream(tokenizer, skip_special_tokens=True) for _ in range(2)], [False, False], None, None
     new = torch.tensor([ids, ids], device=model.device)
     for _ in range(min(most, context_length(model) - len(ids))):
         with torch.no_grad():
-            hidden, z, made = read_output(model, lambda h: h[:, -1], input_ids=new, past_key_values=cache, use_cache=True)
+            hidden, z, made = read_output(model, lambda h: h[:, -1], input_ids=new, use_cache=True, **{past: cache})
             if own is None or head.by == 'token': own = scale*head.temperature(head.live_inputs(hidden[1:], z[1:]))
-        T, cache = torch.cat([torch.full_like(own, temperature), own]), made.past_key_values
+        T, cache = torch.cat([torch.full_like(own, temperature), own]), getattr(made, past)
         new = _choose(z, T, head.min_p, generator)[:, None].to(model.device)
         for side,(token, t) in enumerate(zip(new[:, 0].tolist(), T.tolist())):
             if over[side]: continue
@@ -188,5 +189,8 @@ class DemoServer(ThreadingHTTPServer):
     ):
         self.page, self.ids_of, self.answer, self.most = page, ids_of, answer, most
         return self
+    def handle_error(self, request, client_address):
+        "A reader who has left is no fault"
+        if not isinstance(sys.exc_info()[1], ConnectionError): super().handle_error(request, client_address)
     @property
     def address(self)->str: return f'http://127.0.0.1:{self.server_port}/'

@@ -1,5 +1,5 @@
 "`simpledeco demo` in a real browser: two answers as their tokens come, and what is said when something is wrong"
-import json, os, re, signal, socket, subprocess, sys, time
+import json, os, re, signal, socket, struct, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -7,7 +7,7 @@ from browser import Browser
 from conftest import ROOT, run
 
 from simpledeco.conversations import prompt_ids
-from simpledeco.demo import side_by_side
+from simpledeco.demo import DemoServer, side_by_side
 from simpledeco.head import TemperatureHead
 from simpledeco.model import load_model
 
@@ -122,6 +122,19 @@ def test_it_listens_to_this_machine_alone(served):
     if not others: pytest.skip('this machine has no other address')
     for host in others:
         with pytest.raises(OSError): socket.create_connection((host, port), timeout=5)
+
+
+def test_a_reader_who_leaves_before_the_page_has_come_is_not_a_fault(capfd):
+    "As one does who opens the page while the model is being loaded, and closes it"
+    with DemoServer(0) as server, socket.create_connection(server.server_address) as reader:
+        server.show('x'*2**24, None, None, 1)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)) # what is on its way is thrown away
+        reader.sendall(f'GET / HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n'.encode())
+        before = set(threading.enumerate())
+        server.handle_request()
+        reader.close()
+        for t in set(threading.enumerate()) - before: t.join(30)
+    assert capfd.readouterr().err == ''
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded(served):

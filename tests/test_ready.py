@@ -87,7 +87,8 @@ def test_a_folder_of_the_user_comes_first(tmp_path):
     (['fold', 'smollm2-by-prompt', MODEL, 'folded'], 'wants a head by token'),
     (['heads', '--to', 'x'], 'want the name of a head'), (['heads', 'smollm2-text', '--to', '.'], '. exists: choose another folder'),
     (['heads', 'smollm2-text', '--model', '.'], '. exists and holds no model: choose another folder'),
-    (['heads', 'smollm2-text', '--model', SMOKE], 'holds another model than the one that smollm2-text was trained for: choose another folder')])
+    (['heads', 'smollm2-text', '--model', SMOKE],
+     'holds another model than the one that smollm2-text was trained for: choose another folder')])
 def test_what_does_not_fit_is_said_with_a_way_on(tmp_path, arguments, said):
     (tmp_path/'other').touch()
     done = simpledeco(*arguments, cwd=tmp_path, check=False)
