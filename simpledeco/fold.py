@@ -234,7 +234,7 @@ def _error(folder, dtype, hidden, logits, head, read):
     found = probe(*load_model(folder, dtype))[1]
     others = [i for i in range(logits.shape[1]) if i != read.row]
     if not alike(found[:, others], logits[:, others], logits.dtype):
-        raise ValueError(f'the folded {type(read).__name__} differs from its model: nothing was written')
+        raise ValueError('the folded model gives other logits than its model: nothing was written')
     return (read.temperature(found) - read.scale*head.temperature(hidden)).abs().max().item()
 
 # %% ../nbs/36_fold.ipynb #fold-check

@@ -22,7 +22,7 @@ def made(tmp_path_factory):
     model, tokenizer = load_model(MODEL)
     torch.manual_seed(0)
     head = TemperatureHead(32, width=0, reads='hidden', base_model=fingerprint(model), by='prompt').eval()
-    with torch.no_grad(): head.net[0].weight.mul_(8) # temperatures that differ
+    with torch.no_grad(): head.net[0].weight.mul_(2) # temperatures that differ, within their bounds
     for name,by,base in (('prompt', 'prompt', head.base_model), ('token', 'token', head.base_model), ('foreign', 'prompt', 'abc')):
         other = TemperatureHead(32, width=0, reads='hidden', base_model=base, by=by)
         other.load_state_dict(head.state_dict())

@@ -119,8 +119,8 @@ def test_a_phrase_that_is_only_thought_of_is_no_right_answer(wrote, right):
     assert judged('strips_earlier', wrote)['right'] == right
 
 
-@pytest.mark.parametrize('wrote, right', [('Is it Paris? No.\n</think>\n\nIt is Lyon.', False), ('Lyon? No.\n</think>\n\nIt is Paris.', True),
-                                          ('Is it Paris? Or', False)])
+@pytest.mark.parametrize('wrote, right', [
+    ('Is it Paris? No.\n</think>\n\nIt is Lyon.', False), ('Lyon? No.\n</think>\n\nIt is Paris.', True), ('Is it Paris? Or', False)])
 def test_thinking_that_the_template_opened_is_no_answer_either(wrote, right):
     example = judged('opens_and_drops', wrote)
     assert example['right'] == right and example['messages'][-1]['content'] == wrote

@@ -10,6 +10,7 @@ from simpledeco.fold import fold
 from simpledeco.head import TemperatureHead
 from simpledeco.model import load_model
 from simpledeco.request import request_temperature
+from simpledeco.vllm import read_row
 
 vllm = pytest.importorskip('vllm', reason='run `make test-vllm`')
 MODEL = ROOT/'models/embedded'
