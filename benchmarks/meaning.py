@@ -1,0 +1,92 @@
+"""By token or by prompt, where variety is variety of meaning: the texts that the stage `rungs` has kept, read by a sentence encoder and by
+the other model of the study. Writes OUT.json, how much better one decoder is than another where both are equally varied, and beside it a
+CSV with the means of each cluster. Run: make meaning, after `make rungs-further` and `make gemma-further`
+"""
+import argparse, gzip, json
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from simpledeco.model import load_model
+from simpledeco.sample import constant, sample
+from simpledeco.study.meaning import apart, likely, load_encoder
+from simpledeco.study.models import model_folder
+from simpledeco.study.plan import AT, BASE, TASKS
+from simpledeco.study.profiles import task_prompts
+from simpledeco.study.settings import load_params, load_profile, project_root
+from simpledeco.study.strengths import cluster, known, PLACES, plan, READ, tree_of, unread, verdicts
+from simpledeco.study.texts import text_of
+
+PAIRS = [('by token', 'by prompt'), ('by token', BASE), ('by prompt', BASE)]
+KEY = ['decoder', 'strength', 'prompt']
+EACH = 2 # of the texts to a prompt, the other model reads so many
+
+
+def kept(folder): # a row for each decoder that is compared, strength, seed and prompt, with its texts
+    frames = []
+    for file in sorted(folder.glob('*.jsonl.gz')):
+        with gzip.open(file, 'rt', encoding='utf-8') as f: said = pd.DataFrame(map(json.loads, f)).drop_duplicates(KEY, keep='last')
+        scores = pd.read_csv(folder/f'{file.name.removesuffix(".jsonl.gz")}.csv')
+        frames.append(scores.merge(said, on=KEY, validate='one_to_one'))
+        if len(frames[-1]) < len(scores): raise ValueError(f'{file} lacks texts of scores in the CSV beside it: remove both, sample again')
+    if not frames: raise FileNotFoundError(f'no texts in {folder}: run `make {folder.name}` first')
+    frame = pd.concat(frames, ignore_index=True)
+    return frame[frame.decoder.isin({x for pair in PAIRS for x in pair})]
+
+
+def asked(p, min_p): # {task: prompts}, as the stage `rungs` asks them
+    tasks, (model, tokenizer) = plan(p), load_model(model_folder(p.name, p.root))
+    for task in [x for x in tasks if x in PLACES]:
+        ask = task_prompts(p, 1000, PLACES[task], ['capitals', 'states'])
+        plainly = sample(model, tokenizer, [x['messages'] for x in ask], dict(greedy=constant(0, min_p=min_p)), 1,
+                         p.answer_tokens, progress=False)['greedy']
+        about = known(tasks[task], ask, [text_of(tokenizer, g[0]) for g in plainly])
+        tasks[task] = unread(about, READ.get(task, 0))[:2*p.test_prompts]
+    return tasks
+
+
+def checked(frame, tasks): # the frame
+    for task,rows in frame.groupby('task'):
+        was = rows.drop_duplicates('prompt').set_index('prompt').cluster.to_dict()
+        if was != dict(enumerate(map(cluster, tasks[task]))): raise ValueError(f'{task}: the texts answer other prompts')
+    return frame
+
+
+def read(frame, tasks, encoder, model, tokenizer): # the frame with meaning, and nats a token under the model
+    rows = [(tasks[task][i]['messages'], texts) for task,i,texts in zip(frame.task, frame.prompt, frame.texts)]
+    meaning = [apart(encoder, texts) for _,texts in tqdm(rows, unit='prompt')]
+    nats = [pd.Series(likely(model, tokenizer, m, texts[:EACH])).mean() for m,texts in tqdm(rows, unit='prompt')]
+    return frame.assign(meaning=meaning, nats=nats)
+
+
+def gains(frame, **options): # of quality, variety, task, at, decoder, rival
+    "How good, and how likely, decoders are where they are equally varied, in words and in meaning"
+    found, texts = [], {k: (varied, varied) for k,(_,varied) in TASKS.items()}
+    for by in ('varied', 'meaning'):
+        same = frame.assign(varied=frame[by])
+        for quality,rows,tasks in (('good', same, TASKS), ('likely', same.assign(good=-same.nats), texts)):
+            found.append(verdicts(rows, tasks, PAIRS, AT, **options).assign(quality=quality, by=by))
+    return pd.concat(found, ignore_index=True)
+
+
+def other_of(name): # the profile of the other model that asks the same tasks
+    return name.replace('gemma', 'rungs') if 'gemma' in name else name.replace('rungs', 'gemma')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('learned', type=Path, help='learned/PROFILE, with texts')
+    parser.add_argument('out', type=Path, help='the JSON file to write')
+    args, root = parser.parse_args(), project_root()
+    p, params = load_profile(args.learned.name, root), load_params(root)
+    frame, tasks = kept(args.learned), asked(p, params['min_p'])
+    frame = read(checked(frame, tasks), tasks, load_encoder(), *load_model(model_folder(other_of(p.name), root)))
+    by = ['task', 'decoder', 'strength', 'seed', 'cluster']
+    means = frame.groupby(by, sort=False)[['good', 'varied', 'meaning', 'nats']].mean()
+    means.to_csv(args.out.with_suffix('.csv'), float_format='%.5g')
+    found = gains(frame, bootstrap=params['bootstrap'], seed=params['seed'])
+    write = dict(profile=p.name, read_by=other_of(p.name), texts=int(frame.texts.map(len).sum()), clusters=int(frame.cluster.nunique()),
+                 seeds=int(frame.seed.nunique()), gains=tree_of(found, 'quality', 'by', 'task', 'at', 'decoder', 'rival'))
+    args.out.write_text(json.dumps(write, indent=1) + '\n')
+    print(found.round(3).to_string(index=False))
