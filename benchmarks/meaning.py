@@ -20,7 +20,7 @@ from simpledeco.study.texts import text_of
 
 PAIRS = [('by token', 'by prompt'), ('by token', BASE), ('by prompt', BASE)]
 KEY = ['decoder', 'strength', 'prompt']
-EACH = 2 # of the texts to a prompt, the other model reads so many
+EACH = 1 # of the texts to a prompt, the other model reads so many
 
 
 def kept(folder): # a row for each decoder that is compared, strength, seed and prompt, with its texts
