@@ -65,7 +65,7 @@ gemma gemma-elsewhere gemma-further: setup
 	python -m simpledeco.study.pipeline stamp $@
 
 # variety of meaning, and each model reading what the other has said, of the texts that `make rungs-further` and `make gemma-further`
-# have kept: a sentence encoder, 83 MB more to download, and an hour and a half on two cores, nearly all of it Gemma's reading
+# have kept: a sentence encoder, 83 MB more to download; Gemma reads two texts a second on a core, so with --unread it is minutes
 .PHONY: meaning
 MEANING = rungs-further gemma-further
 meaning: setup

@@ -53,11 +53,11 @@ def checked(frame, tasks): # the frame
     return frame
 
 
-def read(frame, tasks, encoder, model, tokenizer): # the frame with meaning, and nats a token under the model
+def read(frame, tasks, encoder, other=None): # the frame with meaning, and nats a token under another model
     rows = [(tasks[task][i]['messages'], texts) for task,i,texts in zip(frame.task, frame.prompt, frame.texts)]
-    meaning = [apart(encoder, texts) for _,texts in tqdm(rows, unit='prompt')]
-    nats = [pd.Series(likely(model, tokenizer, m, texts[:EACH])).mean() for m,texts in tqdm(rows, unit='prompt')]
-    return frame.assign(meaning=meaning, nats=nats)
+    frame = frame.assign(meaning=[apart(encoder, texts) for _,texts in tqdm(rows, unit='prompt')])
+    if other is None: return frame
+    return frame.assign(nats=[pd.Series(likely(*other, m, texts[:EACH])).mean() for m,texts in tqdm(rows, unit='prompt')])
 
 
 def gains(frame, **options): # of quality, variety, task, at, decoder, rival
@@ -65,7 +65,8 @@ def gains(frame, **options): # of quality, variety, task, at, decoder, rival
     found, texts = [], {k: (varied, varied) for k,(_,varied) in TASKS.items()}
     for by in ('varied', 'meaning'):
         same = frame.assign(varied=frame[by])
-        for quality,rows,tasks in (('good', same, TASKS), ('likely', same.assign(good=-same.nats), texts)):
+        read_by_other = [('likely', same.assign(good=-same.nats), texts)] if 'nats' in frame else []
+        for quality,rows,tasks in (('good', same, TASKS), *read_by_other):
             found.append(verdicts(rows, tasks, PAIRS, AT, **options).assign(quality=quality, by=by))
     return pd.concat(found, ignore_index=True)
 
@@ -78,15 +79,17 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('learned', type=Path, help='learned/PROFILE, with texts')
     parser.add_argument('out', type=Path, help='the JSON file to write')
+    parser.add_argument('--unread', action='store_true', help='variety of meaning alone, in minutes')
     args, root = parser.parse_args(), project_root()
     p, params = load_profile(args.learned.name, root), load_params(root)
     frame, tasks = kept(args.learned), asked(p, params['min_p'])
-    frame = read(checked(frame, tasks), tasks, load_encoder(), *load_model(model_folder(other_of(p.name), root)))
+    other = None if args.unread else load_model(model_folder(other_of(p.name), root))
+    frame = read(checked(frame, tasks), tasks, load_encoder(), other)
     by = ['task', 'decoder', 'strength', 'seed', 'cluster']
-    means = frame.groupby(by, sort=False)[['good', 'varied', 'meaning', 'nats']].mean()
+    means = frame.groupby(by, sort=False)[[x for x in ('good', 'varied', 'meaning', 'nats') if x in frame]].mean()
     means.to_csv(args.out.with_suffix('.csv'), float_format='%.5g')
     found = gains(frame, bootstrap=params['bootstrap'], seed=params['seed'])
-    write = dict(profile=p.name, read_by=other_of(p.name), texts=int(frame.texts.map(len).sum()), clusters=int(frame.cluster.nunique()),
+    write = dict(profile=p.name, read_by=None if args.unread else other_of(p.name), texts=int(frame.texts.map(len).sum()), clusters=int(frame.cluster.nunique()),
                  seeds=int(frame.seed.nunique()), gains=tree_of(found, 'quality', 'by', 'task', 'at', 'decoder', 'rival'))
     args.out.write_text(json.dumps(write, indent=1) + '\n')
     print(found.round(3).to_string(index=False))

@@ -89,8 +89,8 @@ def test_texts_are_read_beside_their_scores(tmp_path, smoke, encoder):
     assert len(frame) == len(made) and frame.texts.map(lambda x: x == TEXTS).all()
     tasks = dict(further=[dict(messages=ASK, group=f'place {c}', corpus='inside') for c in range(4)])
     some = meaning.checked(frame, tasks)[:3]
-    found = meaning.read(some, tasks, encoder, *smoke)
-    assert np.allclose(found.meaning, apart(encoder, TEXTS))
+    found = meaning.read(some, tasks, encoder, smoke)
+    assert np.allclose(found.meaning, apart(encoder, TEXTS)) and 'nats' not in meaning.read(some, tasks, encoder)
     assert np.allclose(found.nats, np.mean(likely(*smoke, ASK, TEXTS[:meaning.EACH])))
 
 
