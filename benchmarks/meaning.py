@@ -89,7 +89,8 @@ if __name__ == '__main__':
     means = frame.groupby(by, sort=False)[[x for x in ('good', 'varied', 'meaning', 'nats') if x in frame]].mean()
     means.to_csv(args.out.with_suffix('.csv'), float_format='%.5g')
     found = gains(frame, bootstrap=params['bootstrap'], seed=params['seed'])
-    write = dict(profile=p.name, read_by=None if args.unread else other_of(p.name), texts=int(frame.texts.map(len).sum()), clusters=int(frame.cluster.nunique()),
+    reader = None if args.unread else other_of(p.name)
+    write = dict(profile=p.name, read_by=reader, texts=int(frame.texts.map(len).sum()), clusters=int(frame.cluster.nunique()),
                  seeds=int(frame.seed.nunique()), gains=tree_of(found, 'quality', 'by', 'task', 'at', 'decoder', 'rival'))
     args.out.write_text(json.dumps(write, indent=1) + '\n')
     print(found.round(3).to_string(index=False))

@@ -130,7 +130,7 @@ def test_every_number_of_the_paper_was_produced_by_a_stage():
     assert made == numbers_tex(ROOT/'paper', paper_numbers(ROOT)), 'run `dvc repro`'
     lines = [l for l in made.splitlines() if l.startswith(r'\defnumber')]
     assert len(lines) == len(used_numbers(ROOT/'paper')) > 20
-    for line in lines: assert (ROOT/re.fullmatch(r'.* % ((results/[\w-]+|benchmarks)/\w+\.json)', line)[1]).exists()
+    for line in lines: assert (ROOT/re.fullmatch(r'.* % ((results/[\w-]+|benchmarks)/[\w-]+\.json)', line)[1]).exists()
 
 
 def test_the_long_results_are_those_of_their_run(): check_stamp(ROOT/'results/full')
