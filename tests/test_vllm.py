@@ -182,11 +182,12 @@ def speculating(served, reference, tmp_path_factory):
 def test_speculation_with_min_p_of_our_own(reference, served, base, speculating):
     """Greedy text, and what follows one and the same first token: speculated or not, it comes from the distribution of `attach`;
     a request that names min_p is refused by vLLM"""
+    from vllm.exceptions import VLLMValidationError
     prompt = 'red red blue red red blue red red blue red red blue red red'
     greedy = vllm.SamplingParams(temperature=0, max_tokens=32)
     plain, ours = (llm.generate([prompt], greedy, use_tqdm=False)[0].outputs[0].token_ids for llm in (base, speculating))
     assert ours == plain
-    with pytest.raises(ValueError, match='min_p.*not yet supported with speculative'):
+    with pytest.raises(VLLMValidationError, match='min_p.*not yet supported with speculative'):
         speculating.generate([prompt], vllm.SamplingParams(min_p=.1), use_tqdm=False)
     params = vllm.SamplingParams(max_tokens=2, n=64)
     drawn = torch.tensor([list(o.token_ids) for out in speculating.generate([prompt]*8, params, use_tqdm=False)
