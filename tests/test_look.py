@@ -279,6 +279,8 @@ def test_a_thousand_tokens_are_a_small_page(browser, tmp_path):
     browser.key('End')
     said = browser.js("document.getElementById('sd-box').textContent")
     assert browser.js(ACTIVE) == groups - 1 and f"gap {report[-1]['gap']:.2f} nats" in said
+    some = f"{TOKENS}.some(x => {{ x.focus(); return document.getElementById('sd-box').textContent.includes('64 or more') }})"
+    assert browser.js(some), 'no token has more candidates than a page has room for'
     assert not browser.errors()
 
 
