@@ -7,8 +7,8 @@ that prompts about one country are one prompt."""
 
 # %% auto #0
 __all__ = ['LEARN', 'SHORT', 'LONG', 'BUDGET', 'PLACES', 'READ', 'plan', 'known', 'unread', 'measured', 'said', 'cluster',
-           'points', 'clustered', 'good_at', 'mean_of', 'resamples', 'compared', 'verdicts', 'tree_of', 'tuned',
-           'paired', 'exact_sets', 'oracle_ladder']
+           'points', 'clustered', 'good_at', 'mean_of', 'resamples', 'resampled', 'compared', 'verdicts', 'tree_of',
+           'p_value', 'holm', 'tuned', 'paired', 'exact_sets', 'oracle_ladder']
 
 # %% ../../nbs/53_strengths.ipynb #strengths-imports
 import numpy as np
@@ -136,15 +136,15 @@ def resamples(
         yield mean_of(good, seeds, first), mean_of(varied, seeds, first if same else of(varied.shape[2]))
 
 # %% ../../nbs/53_strengths.ipynb #compared
-def compared(
+def resampled(
     good:pd.DataFrame, # rows of one task, as from `points`, of the prompts that have a key
     varied:pd.DataFrame, # of those whose variety counts; the same frame where both are wanted of one prompt
     pairs:list, # (decoder, its rival)
     at:dict, # {name: (decoder, strength) whose variety it is}
     bootstrap:int=1000, # resamples of clusters and seeds
     seed:int=0,
-)->pd.DataFrame: # decoder, rival, at, variety, good, gain, lo, hi, reached
-    "How much better a decoder is than its rival where both are equally varied, with 95% intervals"
+)->dict: # {(decoder, rival, at): [1 + bootstrap, 3] variety, good of the decoder, and its gain}
+    "Both decoders where they are equally varied: of everything, then of each resample"
     (g, index), (v, other), rows = clustered(good, 'good'), clustered(varied, 'varied'), {}
     if not index.equals(other): raise ValueError('good and varied are not of the same decoders and strengths')
     where = {d: np.flatnonzero(index.get_level_values(0) == d) for d in dict.fromkeys(x for pair in pairs for x in pair)}
@@ -153,7 +153,12 @@ def compared(
             level = vs[index.get_loc(place)]
             value = {d: good_at(gs[i], vs[i], level) for d,i in where.items()}
             for a,b in pairs: rows.setdefault((a, b, name), []).append((level, value[a], value[a] - value[b]))
-    return pd.DataFrame([_interval(*key, np.array(found)) for key,found in rows.items()])
+    return {key: np.array(found) for key,found in rows.items()}
+
+
+def compared(good, varied, pairs, at, **options)->pd.DataFrame: # decoder, rival, at, variety, good, gain, lo, hi, reached
+    "How much better a decoder is than its rival where both are equally varied, with 95% intervals; arguments of `resampled`"
+    return pd.DataFrame([_interval(*key, found) for key,found in resampled(good, varied, pairs, at, **options).items()])
 
 # %% ../../nbs/53_strengths.ipynb #interval
 def _interval(decoder, rival, name, found):
@@ -182,6 +187,24 @@ def tree_of(frame, *keys): # {key: {key: ... {column: number}}}, without numbers
     "The rows of a frame as nested dicts"
     if not keys: return {k: float(v) for k,v in frame.iloc[0].items() if not isinstance(v, str) and pd.notna(v)}
     return {k: tree_of(rows.drop(columns=keys[0]), *keys[1:]) for k,rows in frame.groupby(keys[0], sort=False)}
+
+# %% ../../nbs/53_strengths.ipynb #many
+def p_value(
+    gains:np.ndarray, # [B] of resamples, nan where the variety is not reached
+)->float:
+    "Of a gain of zero, two-sided, from the resamples; never below 2/(B + 1)"
+    there = gains[np.isfinite(gains)]
+    return min(1., 2*(1 + min((there <= 0).sum(), (there >= 0).sum()))/(1 + len(there)))
+
+
+def holm(
+    p:np.ndarray, # [K] p-values of a family
+)->np.ndarray: # [K] corrected ones, which may be compared with the same level
+    "Holm's step-down correction"
+    order = np.argsort(p)
+    found = np.empty(len(p))
+    found[order] = np.maximum.accumulate(np.minimum(1, p[order]*np.arange(len(p), 0, -1)))
+    return found
 
 # %% ../../nbs/53_strengths.ipynb #best
 def tuned(
