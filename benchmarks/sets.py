@@ -105,7 +105,7 @@ if __name__ == '__main__':
     parser.add_argument('learned', type=Path, help='learned/PROFILE, with the answers that heads learn from')
     parser.add_argument('out', type=Path, help='the JSON file to write')
     parser.add_argument('--names', type=int, default=60, help='names of a set that heads are taught, at most')
-    parser.add_argument('--wordings', type=int, default=3, help='of each set that is tested, and of six')
+    parser.add_argument('--wordings', type=int, default=2, help='of each set that is tested, of six')
     parser.add_argument('--seeds', type=int, default=2, help='of the heads')
     args, root = parser.parse_args(), project_root()
     p, params = load_profile(args.learned.name, root), load_params(root)
