@@ -18,7 +18,6 @@ from threading import get_ident
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # %% ../nbs/25_model.ipynb #424c426c
 def split_source(
@@ -47,6 +46,7 @@ def load_model(
     device:str='cpu', # a torch device; auto: spread over all GPUs of this machine
 ):
     "Load a frozen causal language model and its tokenizer: (model, tokenizer)"
+    from transformers import AutoModelForCausalLM, AutoTokenizer # here, since a head does not wait for them
     if str(path).startswith(('.', '/')) and not (Path(path)/'config.json').exists():
         raise FileNotFoundError(f'no model in {path}: run `dvc repro` or `make model` first')
     name, revision = split_source(str(path))

@@ -15,8 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.quantization_config import GgufConfig
 
 from .conversations import encoder
 from .files import read_json
@@ -28,6 +26,8 @@ def read_gguf(
     path:str|Path, # a GGUF file
 )->tuple: # (frozen model in float32, tokenizer)
     "Read a file of llama.cpp. Raises `ValueError` for one that transformers cannot read, `ImportError` without the package gguf"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
     path = Path(path)
     if find_spec('gguf') is None: raise ImportError('gguf is missing: pip install gguf')
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}')

@@ -1,6 +1,7 @@
 """The baseline against an independent derivation in float64, its cheap form against the whole
 vocabulary, and what a user sees when something does not fit"""
 import math
+from collections import Counter
 
 import numpy as np, pytest, torch
 from conftest import ROOT
@@ -18,6 +19,7 @@ from simpledeco.scan import scan
 from simpledeco.decode import top_p_filter
 from simpledeco.sample import Step
 from simpledeco.study.settings import load_profile
+from simpledeco.table import TokenTable
 
 
 @pytest.fixture(scope='module')
@@ -133,6 +135,18 @@ def test_training_reduces_the_objective_and_is_repeatable(smoke):
     assert curve[-1]['objective'] < curve[0]['objective'] and curve[-1]['step'] == 30
     again = fit_autodeco(table, **kw)
     for p,q in zip(heads.parameters(), again.parameters()): assert torch.equal(p, q)
+
+
+def test_of_hidden_states_and_logits_only_those_of_drawn_tokens_are_read(smoke, monkeypatch):
+    "They are most of a table, which may be larger than the memory"
+    table, taken, take = TokenTable(smoke[0].path), Counter(), TokenTable.take
+    def counted(self, name, rows):
+        taken[name] += len(rows)
+        return take(self, name, rows)
+    monkeypatch.setattr(TokenTable, 'take', counted)
+    fit_autodeco(table, steps=3, batch=4)
+    assert 0 < taken['hidden'] <= 12 < len(table)/10 and taken['top_logits'] == taken['hidden']
+    assert not {'hidden', 'top_logits'} & set(table._columns), 'no whole column'
 
 
 def test_saved_heads_decode_as_before(tmp_path, smoke):

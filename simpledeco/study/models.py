@@ -11,7 +11,6 @@ import argparse, sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from ..model import split_source
 from ..prepare import as_chat, joined, read_gguf, save_whole, template_of
@@ -20,6 +19,7 @@ from .settings import load_profile
 
 # %% ../../nbs/41_models.ipynb #ae83098e
 def _tiny_llama(path, tokenizer=None, hidden_size=32, steps=300, block=128, sharp=1.5):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed # seconds that a stage without a model does not wait
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     set_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
@@ -41,6 +41,7 @@ def _tiny_llama(path, tokenizer=None, hidden_size=32, steps=300, block=128, shar
 # %% ../../nbs/41_models.ipynb #other-vocabulary
 def _other_tiny(path, size=3000):
     "A tiny Llama with another vocabulary and wider hidden states, as sure of itself as a trained one"
+    from transformers import AutoTokenizer
     like = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     texts = [t['content'] for name in CORPORA for x in make_corpus(name)[:50] for t in x['messages']]
     tokenizer = like.train_new_from_iterator(texts, size, show_progress=False)
@@ -67,6 +68,7 @@ def build_model(
 
 # %% ../../nbs/41_models.ipynb #2c5a1830
 def _from_hub(spec):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     name, revision = split_source(spec)
     try:
         return (AutoModelForCausalLM.from_pretrained(name, revision=revision),

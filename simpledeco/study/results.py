@@ -11,8 +11,6 @@ __all__ = ['SCHEMA', 'AGAIN', 'results_folder', 'save_results', 'read_results', 
 import hashlib, json
 from pathlib import Path
 
-import pandas as pd
-
 from ..files import write_whole
 
 # %% ../../nbs/47_results.ipynb #results-save
@@ -25,7 +23,7 @@ def save_results(
     p, # a profile: its results lie in results/<its name>
     stage:str, # the stage that found them
     metrics:dict, # nested dicts of numbers
-    **tables:pd.DataFrame, # one CSV file each
+    **tables, # data frames, one CSV file each
 ):
     "Write what a stage has found"
     folder = results_folder(p.root, p.name)
@@ -50,7 +48,9 @@ def read_results(
                              f'this version reads {SCHEMA}: run the stage again')
     return found
 
-def read_table(folder, name): return pd.read_csv(Path(folder)/f'{name}.csv')
+def read_table(folder, name):
+    import pandas as pd # here, since most who read results read no table
+    return pd.read_csv(Path(folder)/f'{name}.csv')
 
 # %% ../../nbs/47_results.ipynb #results-flatten
 def flatten(
