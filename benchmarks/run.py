@@ -25,6 +25,13 @@ ROOT, DVC = project_root(Path(__file__).parent), Path(sys.executable).parent/'dv
 VOCABULARIES = 49152, 151936
 
 
+def commit():
+    "The commit of the project; None where there is no git"
+    ask = ['git', 'rev-parse', 'HEAD']
+    try: return subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError: return None
+
+
 def turns(first, second, rounds, warm=1, clock=time.perf_counter):
     """Seconds that two functions take [rounds, 2], alternating, now one first and now the other;
     each is called with the number of the round"""
