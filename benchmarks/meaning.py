@@ -6,6 +6,7 @@ import argparse, gzip, json
 from pathlib import Path
 
 import pandas as pd
+from run import commit
 from tqdm import tqdm
 
 from simpledeco.model import load_model
@@ -90,7 +91,8 @@ if __name__ == '__main__':
     means.to_csv(args.out.with_suffix('.csv'), float_format='%.5g')
     found = gains(frame, bootstrap=params['bootstrap'], seed=params['seed'])
     reader = None if args.unread else other_of(p.name)
-    write = dict(profile=p.name, read_by=reader, texts=int(frame.texts.map(len).sum()), clusters=int(frame.cluster.nunique()),
-                 seeds=int(frame.seed.nunique()), gains=tree_of(found, 'quality', 'by', 'task', 'at', 'decoder', 'rival'))
+    write = dict(commit=commit(), profile=p.name, read_by=reader, texts=int(frame.texts.map(len).sum()),
+                 clusters=int(frame.cluster.nunique()), seeds=int(frame.seed.nunique()),
+                 gains=tree_of(found, 'quality', 'by', 'task', 'at', 'decoder', 'rival'))
     args.out.write_text(json.dumps(write, indent=1) + '\n')
     print(found.round(3).to_string(index=False))

@@ -11,6 +11,7 @@ FILES = {'results': 'Speed of the first over that of the second',
          'sampling': 'Sampling: speed over the bare forward pass, and widths of intervals',
          'growth': 'Growth: exponents of time and memory',
          'decode': 'Speed with a head over a static temperature, with vLLM (make bench-vllm)',
+         'vocabulary': 'At two vocabularies, on real models (make bench-gemma)',
          'gpu': 'On a GPU (python benchmarks/gpu.py)'}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import MinPLogitsWarper
 
-from simpledeco.conversations import encode
+from simpledeco.conversations import encode, end_tokens
 from simpledeco.study.data import load_examples
 from simpledeco.decode import min_p_filter
 from simpledeco.head import TemperatureHead
@@ -23,6 +23,13 @@ from simpledeco.study.settings import load_profile, project_root
 
 ROOT, DVC = project_root(Path(__file__).parent), Path(sys.executable).parent/'dvc'
 VOCABULARIES = 49152, 151936
+
+
+def commit():
+    "The commit of the project; None where there is no git"
+    ask = ['git', 'rev-parse', 'HEAD']
+    try: return subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError: return None
 
 
 def turns(first, second, rounds, warm=1, clock=time.perf_counter):
@@ -64,7 +71,8 @@ def bare(model, encoded):
 
 
 def prescan(model, tokenizer, profile):
-    encoded = [encode(x, tokenizer, 8192) for x in load_examples(ROOT, 3)][:profile.shard_examples]
+    ends = end_tokens(model, tokenizer)
+    encoded = [encode(x, tokenizer, 8192, ends) for x in load_examples(ROOT, 3)][:profile.shard_examples]
     batches = [[encoded[i] for i in b] for b in _batches(encoded, profile.batch_tokens)]
     plain = lambda i: bare(model, batches[i])
     ours = lambda i: _scan_batch(model, batches[i], range(len(batches[i])))

@@ -9,7 +9,7 @@ __all__ = ['TEMPLATES', 'read_gguf', 'package_file', 'joined', 'template_of', 's
            'ready_model']
 
 # %% ../nbs/25b_prepare.ipynb #prepare-imports
-import hashlib, os, shutil, tempfile
+import hashlib, os, shutil, string, tempfile
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,17 @@ from .model import fingerprint, load_model
 from .ready import ready_path
 
 # %% ../nbs/25b_prepare.ipynb #prepare-gguf
+def _why_unread(path, e): # what is wrong with a GGUF file on which transformers failed, and what to do
+    from gguf import GGUFReader
+    other = 'pass the folder or the hub id of the model that it was made of'
+    try: fields = GGUFReader(path).fields
+    except Exception as broken: return f'it is damaged or cut short ({broken}): download it again'
+    if 'is not supported' in str(e):
+        return f'its architecture, {fields["general.architecture"].contents()}, is not one that transformers takes from GGUF: {other}'
+    if 'tokenizer.ggml.tokens' not in fields: return f'it has no tokenizer: convert the model again together with its tokenizer, or {other}'
+    return f'{" ".join(str(e).split())[:200]}: a newer transformers may read it, or {other}'
+
+
 def read_gguf(
     path:str|Path, # a GGUF file
 )->tuple: # (frozen model in float32, tokenizer)
@@ -37,9 +48,8 @@ def read_gguf(
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
                                                      quantization_config=GgufConfig(dequantize=True))
-    except Exception as e: # a damaged file fails anywhere in transformers or gguf
-        raise ValueError(f'transformers cannot read {path}: it is damaged, has no tokenizer, or is of an '
-                         f'architecture that transformers does not take from GGUF ({" ".join(str(e).split())[:200]})') from e
+    except Exception as e: # anywhere in transformers or gguf
+        raise ValueError(f'transformers cannot read {path}: {_why_unread(path, e)}') from e
     model.config._name_or_path = path.stem
     return model.eval().requires_grad_(False), tokenizer
 
@@ -58,11 +68,12 @@ def package_file(
 
 @contextmanager
 def joined(
-    specs:str, # MODULE/FILE, or several, with blanks between them
+    paths:list, # a file, or its parts in their order
     sha256:str='', # expected hash of the whole; empty: not checked
 ): # the file; where there are parts, for as long as the block lasts
-    "One file of one or more that lie in packages. Raises `ValueError` where the hash is another"
-    paths = [package_file(x) for x in specs.split()]
+    "One file of one or more. Raises `FileNotFoundError` where one is missing, `ValueError` where the hash is another"
+    missing = [str(x) for x in paths if not x.is_file()]
+    if missing: raise FileNotFoundError(f'there is no file {", ".join(missing)}')
     with tempfile.TemporaryDirectory() as folder:
         file = paths[0]
         if len(paths) > 1:
@@ -70,7 +81,7 @@ def joined(
             with file.open('wb') as f: f.writelines(x.read_bytes() for x in paths)
         if sha256 and hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
             raise ValueError(f'{", ".join(map(str, paths))}: another sha256 than is named for it: a file or a part is '
-                             'damaged or of another version: reinstall its package, or correct the setting')
+                             'damaged or of another version: download it again (a package: reinstall it), or correct the setting')
         yield file
 
 # %% ../nbs/25b_prepare.ipynb #prepare-template
@@ -98,10 +109,15 @@ def stop_tokens(
     tokenizer,
     stop:str, # a text, such as a line break
 )->list: # token ids
-    "The tokens that contain a text. Raises `ValueError` where there are none"
-    found = [i for i,t in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])) if stop in t]
-    if not stop or not found:
-        raise ValueError(f'no token contains the stop text {stop!r}: pass a shorter one, such as a line break')
+    "The tokens that contain a text. Raises `ValueError` where there are none, or where a neighbour breaks it up"
+    holds = lambda ids: [i for i,t in zip(ids, tokenizer.batch_decode([[i] for i in ids])) if stop in t]
+    found, better = holds(range(len(tokenizer))), 'a shorter one, such as a line break, or a special token'
+    if not stop or not found: raise ValueError(f'no token contains the stop text {stop!r}: pass {better}')
+    for text in [x for c in string.printable for x in (c + stop, stop + c)]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if not holds(ids):
+            parts = tokenizer.batch_decode([[i] for i in ids])
+            raise ValueError(f'the stop text {stop!r} is not always one token: {text!r} is read as {parts}: pass {better}')
     return found
 
 # %% ../nbs/25b_prepare.ipynb #prepare-chat
@@ -164,7 +180,8 @@ def ready_model(
     if not (out/'config.json').exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f'{out} exists and holds no model: choose another folder')
-        with joined(head['record']['package'], head['record']['sha256']) as file: save_whole(*read_gguf(file), out)
+        file = package_file(head['record']['package'])
+        with joined([file], head['record']['sha256']) as file: save_whole(*read_gguf(file), out)
     if fingerprint(load_model(out.absolute())[0]) != head['base_model']:
         raise ValueError(f'{out} holds another model than the one that {name} was trained for: choose another folder')
     return out

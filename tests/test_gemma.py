@@ -87,10 +87,10 @@ def test_transformers(reference, head, folded, texts):
 
 def gguf():
     "The file that the pipeline's model was made of, for as long as a block lasts"
-    from simpledeco.prepare import joined
+    from simpledeco.prepare import joined, package_file
     from simpledeco.study.settings import load_profile
     p = load_profile('gemma', ROOT)
-    try: return joined(p.model.removeprefix('package:'), p.sha256)
+    try: return joined([package_file(x) for x in p.model.removeprefix('package:').split()], p.sha256)
     except FileNotFoundError as e: pytest.skip(str(e))
 
 

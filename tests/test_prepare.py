@@ -7,11 +7,13 @@ from test_cli import check_one_line, simpledeco
 from transformers import AutoTokenizer
 
 from conftest import ROOT
-from simpledeco.prepare import package_file
+from simpledeco.prepare import joined, package_file
+from simpledeco.study.models import build_model
 from simpledeco.study.settings import load_profile
 from simpledeco.table import TokenTable
 
-SMOKE, GGUF = ROOT/'models/smoke', package_file(load_profile('embedded', ROOT).model.split(':')[1])
+SMOKE, EMBEDDED = ROOT/'models/smoke', load_profile('embedded', ROOT)
+GGUF, SHA256 = package_file(EMBEDDED.model.split(':')[1]), EMBEDDED.sha256
 
 
 @pytest.fixture(scope='module')
@@ -67,19 +69,29 @@ def test_reference_text_is_read_to_its_end(work):
     (['prepare', 'base', 'x', '--chat-template', 'mute.jinja', '--stop', '\\n'], 'pass a chat template'),
     (['prepare', 'base', 'x', '--chat-template', 'questions', '--stop', 'Question: and'], 'no token contains the stop text'),
     (['prepare', 'nowhere.gguf', 'x'], 'no file nowhere.gguf'),
-    (['prepare', 'empty.gguf', 'x'], 'is not a GGUF file'), (['prepare', 'cut.gguf', 'x'], 'cannot read cut.gguf'),
-    (['prepare', 'mute.gguf', 'x'], 'mute.gguf')])
+    (['prepare', 'base', 'x', '--chat-template', 'questions', '--stop', 'END'], "the stop text 'END' is not always one token"),
+    (['prepare', 'empty.gguf', 'x'], 'is not a GGUF file'), (['prepare', 'cut.gguf', 'x'], 'download it again'),
+    (['prepare', 'mute.gguf', 'x'], 'mute.gguf: it has no tokenizer: convert the model again'),
+    (['prepare', 'martian.gguf', 'x'], 'its architecture, martian, is not one that transformers takes from GGUF: pass the folder')])
 def test_what_cannot_be_asked_is_one_line(work, arguments, message):
     (work/'empty.gguf').write_bytes(b'')
     (work/'cut.gguf').write_bytes(GGUF.read_bytes()[:10_000_000])
-    _without_tokenizer(work/'mute.gguf')
+    _without_tokenizer(work/'mute.gguf', 'llama')
+    _without_tokenizer(work/'martian.gguf', 'martian')
     check_one_line(simpledeco(*arguments, cwd=work, check=False), message)
     assert not (work/'x').exists()
 
 
-def _without_tokenizer(file):
+def _without_tokenizer(file, architecture):
     from gguf import GGUFWriter
-    writer = GGUFWriter(file, 'llama')
+    writer = GGUFWriter(file, architecture)
     writer.add_block_count(0)
     writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_gguf_file_in_settings_is_checked_by_its_hash(tmp_path):
+    with pytest.raises(ValueError, match='another sha256 than is named for it'): build_model(str(GGUF), tmp_path/'x', '0'*64)
+    with pytest.raises(FileNotFoundError, match='no file nowhere.gguf'): build_model('nowhere.gguf', tmp_path/'x', '0'*64)
+    assert not (tmp_path/'x').exists()
+    with joined([GGUF], SHA256) as file: assert file == GGUF

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..model import split_source
-from ..prepare import as_chat, joined, read_gguf, save_whole, template_of
+from ..prepare import as_chat, joined, package_file, read_gguf, save_whole, template_of
 from .corpora import CORPORA, make_corpus
 from .settings import load_profile
 
@@ -51,7 +51,7 @@ def _other_tiny(path, size=3000):
 def build_model(
     spec:str, # package:MODULE/FILE, tiny: or other:MODULE/FILE, a GGUF file, NAME@REVISION of the hub, or a local folder
     out:str|Path, # folder to write
-    sha256:str='', # expected hash of the packaged file
+    sha256:str='', # expected hash of the file; empty: not checked
     template:str='', # a chat template: its name, or a file; empty: the model's own
     stop:str='', # the text that ends an answer; empty: the model's own end tokens
 )->Path: # the folder
@@ -60,9 +60,11 @@ def build_model(
     if (out/'config.json').exists(): return out
     kind, _, where = spec.partition(':')
     makers = dict(package=read_gguf, tiny=_tiny_llama, other=_other_tiny)
-    if kind in makers:
-        with joined(where, sha256) as file: model, tokenizer = makers[kind](file)
-    else: model, tokenizer = read_gguf(spec) if spec.endswith('.gguf') else _from_hub(spec)
+    if kind in makers or spec.endswith('.gguf'):
+        paths = [package_file(x) for x in where.split()] if kind in makers else [Path(spec)]
+        with joined(paths, sha256) as file: model, tokenizer = makers.get(kind, read_gguf)(file)
+    elif sha256: raise ValueError(f'{spec} is no file with a sha256: leave `sha256 =` empty, and name a commit as NAME@REVISION')
+    else: model, tokenizer = _from_hub(spec)
     if template or stop: as_chat(model, tokenizer, template and template_of(template), stop)
     return save_whole(model, tokenizer, out)
 
