@@ -11,6 +11,7 @@ FILES = {'results': 'Speed of the first over that of the second',
          'sampling': 'Sampling: speed over the bare forward pass, and widths of intervals',
          'growth': 'Growth: exponents of time and memory',
          'decode': 'Speed with a head over a static temperature, with vLLM (make bench-vllm)',
+         'row': 'Speed of a folded model with its processor over static min-p (make bench-vllm)',
          'gpu': 'On a GPU (python benchmarks/gpu.py)'}
 
 
