@@ -23,7 +23,7 @@ from simpledeco.fold import fold, RowTemperature
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model, sizes
 
-CALLS = {1: 24, 16: 16, 64: 8} # batch: calls of so many steps
+CALLS = {1: 20, 16: 12, 64: 6} # batch: calls of so many steps
 PROMPT = 'The capital of France is'
 FILE = Path(__file__).parent/'row.json'
 
@@ -88,10 +88,10 @@ def measure(library, tmp):
 
 
 if __name__ == '__main__':
-    if vllm is None: sys.exit('row.py: there is no vLLM in this environment: run make bench-vllm')
     results = json.loads(FILE.read_text()) if FILE.exists() else {}
     for library,module in (('transformers', transformers), ('vllm', vllm)):
         if library not in (sys.argv[1:] or (library,)): continue
+        if module is None: sys.exit('row.py: there is no vLLM in this environment: run make bench-vllm')
         results |= {f'{library}_version': module.__version__, f'{library}_load_before': os.getloadavg()[0]}
         with tempfile.TemporaryDirectory() as tmp:
             for batch,found in measure(library, Path(tmp)):

@@ -39,6 +39,26 @@ def uneven_head(model, folder): # TemperatureHead, saved in the folder
     return head
 
 
+def fits(drawn, p):
+    "The p-value of a chi-square test; 0 where a token was drawn that should not be"
+    from scipy.stats import chisquare
+    n, counts = len(drawn), drawn.bincount(minlength=len(p))
+    if not (p[drawn] > 0).all(): return 0.
+    common = p*n >= 5
+    seen, wanted = counts[common].tolist(), (p[common]*n).tolist()
+    rest = n - sum(wanted)
+    if rest >= 5: seen.append(n - sum(seen)); wanted.append(rest)
+    else: seen[-1] += n - sum(seen); wanted[-1] += rest
+    return chisquare(seen, wanted).pvalue if len(seen) > 1 else 1. # one token alone
+
+
+def beginnings(tokenizer, words): # token ids [n]
+    "The tokens with which one of some words may begin"
+    import torch
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return torch.tensor([i for i,text in enumerate(texts) if text and any(w.startswith(text) for w in words)])
+
+
 @contextmanager
 def vllm_server(log, *options): # the address; `log` is a file
     "`vllm serve` on a free port of this machine"

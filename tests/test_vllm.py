@@ -3,7 +3,7 @@ import math, os, subprocess, sys, urllib.error
 
 import pytest, torch
 from scipy.stats import chisquare
-from conftest import post, ROOT, vllm_server
+from conftest import beginnings, fits, post, ROOT, vllm_server
 
 from simpledeco.decode import attach, min_p_filter
 from simpledeco.head import TemperatureHead
@@ -132,11 +132,21 @@ def test_prompts_are_scored_at_the_heads_temperature(reference, served, ours, pr
     torch.testing.assert_close(found, wanted[:-1].gather(1, ids[0, 1:, None])[:, 0], rtol=.01, atol=.01)
 
 
-def test_structured_output(ours, prompts):
+@pytest.mark.parametrize('how', ['structured output', 'allowed tokens'])
+def test_structured_output(reference, served, ours, prompts, how):
+    "One of the words, and its first token has the head's temperature"
     from vllm.sampling_params import StructuredOutputsParams
-    words = ['Paris', 'London']
-    params = vllm.SamplingParams(n=16, structured_outputs=StructuredOutputsParams(choice=words))
-    assert {o.text for o in ours.generate(prompts[:1], params, use_tqdm=False)[0].outputs} <= set(words)
+    words = ['In', 'The', 'As', 'Beneath']
+    taken = beginnings(reference[1], words)
+    asked = (dict(structured_outputs=StructuredOutputsParams(choice=words)) if how == 'structured output'
+             else dict(allowed_token_ids=taken.tolist(), max_tokens=1))
+    outs = [o for x in ours.generate(prompts[1:2]*8, vllm.SamplingParams(n=64, min_p=.1, **asked), use_tqdm=False) for o in x.outputs]
+    assert how == 'allowed tokens' or {o.text for o in outs} <= set(words)
+    z, T, _ = expected(reference, served['logits'][0], prompts[1], [0])
+    drawn = torch.tensor([o.token_ids[0] for o in outs])
+    only = torch.full_like(z[0], -torch.inf).index_copy(0, taken, z[0, taken])
+    assert fits(drawn, min_p_filter(only/T[0], .1).softmax(-1)) > 1e-4
+    assert fits(drawn, min_p_filter(only, .1).softmax(-1)) < 1e-4, 'a temperature of 1 would prove nothing'
 
 
 def test_min_p_is_the_default_and_a_request_may_change_it(served, ours):

@@ -2,8 +2,7 @@
 import math, os, subprocess, sys, urllib.error
 
 import pytest, torch
-from scipy.stats import chisquare
-from conftest import post, ROOT, uneven_head, vllm_server
+from conftest import beginnings, fits, post, ROOT, uneven_head, vllm_server
 
 from simpledeco.decode import min_p_filter
 from simpledeco.fold import fold
@@ -109,18 +108,6 @@ def drawn_first(llm, prompt, n=512, **kw):
     return torch.tensor([o.token_ids[0] for g in write(llm, [prompt]*(n//64), n=64, max_tokens=1, **kw) for o in g])
 
 
-def fits(drawn, p):
-    "The p-value of a chi-square test; 0 where a token was drawn that should not be"
-    n, counts = len(drawn), drawn.bincount(minlength=len(p))
-    if not (p[drawn] > 0).all(): return 0.
-    common = p*n >= 5
-    seen, wanted = counts[common].tolist(), (p[common]*n).tolist()
-    rest = n - sum(wanted)
-    if rest >= 5: seen.append(n - sum(seen)); wanted.append(rest)
-    else: seen[-1] += n - sum(seen); wanted[-1] += rest
-    return chisquare(seen, wanted).pvalue if len(seen) > 1 else 1. # one token alone
-
-
 @pytest.mark.parametrize('temperature, scale', [(1., 1.), (1.6, 1.), (1., .5), (1.6, 0)])
 def test_first_tokens_have_the_frequencies_that_they_should(reference, folded, ours, prompts, temperature, scale):
     "The temperature of a request and its `head_scale` multiply, min-p is the head's and comes after both; 0 turns all of it off"
@@ -186,8 +173,7 @@ def test_where_the_row_is_masked_before_it_is_read_there_is_no_head(reference, f
     token is the model's own, at the temperature of the request, with the head's min-p"""
     from vllm.sampling_params import StructuredOutputsParams
     words = ['In', 'The', 'As', 'Beneath']
-    texts = reference[1].batch_decode([[i] for i in range(reference[0].config.vocab_size)])
-    taken = torch.tensor([i for i,text in enumerate(texts) if text and any(w.startswith(text) for w in words)])
+    taken = beginnings(reference[1], words)
     asked = (dict(structured_outputs=StructuredOutputsParams(choice=words)) if how == 'structured output'
              else dict(allowed_token_ids=taken.tolist()))
     z, T = expected(reference, folded[0], prompts[1], [0])
