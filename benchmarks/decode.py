@@ -55,7 +55,11 @@ def speed(generate, calls, batch):
     first call warms up"""
     steps = np.stack([np.diff(generate())[SKIP:SKIP + STEPS]
                       for _ in range(calls + 1)])[1:].reshape(-1, 4)
-    pairs = np.concatenate([steps[:, [1, 0]], steps[:, [2, 3]]]) # static, head
+    return figure(np.concatenate([steps[:, [1, 0]], steps[:, [2, 3]]]), batch)
+
+
+def figure(pairs, batch):
+    "Speed of the head over the static temperature, of the seconds that steps of both took [n, 2], the static one first"
     static, head = np.median(pairs, 0)
     return compared(pairs)[0] | dict(at_least=.985, head_milliseconds=1000*head, static_milliseconds=1000*static,
                                      cost_milliseconds=1000*np.median(pairs[:, 1] - pairs[:, 0]),

@@ -12,6 +12,7 @@ FILES = {'results': 'Speed of the first over that of the second',
          'growth': 'Growth: exponents of time and memory',
          'decode': 'Speed with a head over a static temperature, with vLLM (make bench-vllm)',
          'vocabulary': 'At two vocabularies, on real models (make bench-gemma)',
+         'row': 'Speed of a folded model with its processor over static min-p (make bench-vllm)',
          'gpu': 'On a GPU (python benchmarks/gpu.py)'}
 
 

@@ -498,14 +498,6 @@ def _own_temperature(model, head, ids, other_model):
     check_fits(head, model, other_model)
     return None if head.by == 'token' else prompt_temperature(model, head, ids, other_model=other_model).item()
 
-# %% ../nbs/35_cli.ipynb #cli-by-token
-def _check_by_token(head, command):
-    "Raise `ValueError` for a head by prompt where only one by token can be used"
-    from simpledeco.head import TemperatureHead
-    if TemperatureHead.from_pretrained(head).by == 'prompt':
-        raise ValueError(f'{head} has one temperature for each prompt, and {command} wants a head by token: a server needs no head for it, '
-                         'send the temperature with each request (`simpledeco temperature` says which)')
-
 # %% ../nbs/35_cli.ipynb #93aa0b65
 @app.command(epilog='Example: `simpledeco generate heads/qwen Qwen/Qwen2.5-0.5B-Instruct '
              '"Tell me a story." --scale 1.5`')
@@ -600,7 +592,6 @@ def serve_dir(head:Head, model:Model, out:Out, scale:Scale=1.0, other_model:Othe
               own_min_p:Annotated[bool, typer.Option('--own-min-p', help='min-p without a vLLM parameter, for speculation')]=False):
     "Write a folder that `vllm serve` loads: links to the model, and the head."
     from simpledeco import vllm
-    _check_by_token(head, 'serve-dir')
     vllm.serve_dir(head, model, out, scale=scale, own_min_p=own_min_p, other_model=other_model)
     console.print(f'{out}: ready for vllm serve {out}')
 
@@ -615,7 +606,6 @@ def fold(head:Head, model:Annotated[str, typer.Argument(help='folder or hub id o
     from simpledeco.vllm import read_row
     if Path(model).suffix == '.gguf': from simpledeco.fold_gguf import fold_gguf as write
     else: from simpledeco.fold import fold as write
-    _check_by_token(head, 'fold')
     logging.disable_progress_bar()
     made = read_row(write(head, model, out, row=row, scale=scale, other_model=other_model))
     moved = f'; the output matrix is in {made["dtype"]} now, other logits move by up to {made["others"]:.1e}' if made.get('others') else ''

@@ -22,6 +22,7 @@ from .decode import check_plain_logits, min_p_filter, NEUTRAL, OFF
 from .files import read_json
 from .head import check_fits, TemperatureHead
 from .model import alike, load_model, read_output
+from .request import check_by_token
 from .vllm import model_source, SETTINGS, uncapped
 
 # %% ../nbs/36_fold.ipynb #fold-row
@@ -31,6 +32,7 @@ def linear_row(
     factor:float=1.0, # that the model multiplies its logits with
 )->tuple: # the row [d] in that type, and b
     "The row r and the number b for which T = factor*r.h + b. Raises `ValueError` for a head that is no row"
+    check_by_token(head)
     if head.reads != 'hidden' or len(head.net) > 1:
         raise ValueError(f'the head reads {head.reads} and has {len(head.net)//2} hidden layers: only a linear head on the hidden state '
                          "is a row of the output matrix; train one with reads='hidden' and width=0 (--reads hidden --width 0)")
@@ -266,13 +268,13 @@ def fold(
 )->Path: # the folder
     "Write a checkpoint whose output matrix computes the head's temperature. Raises `ValueError` when head and model do not fit"
     if Path(model).suffix == '.gguf': raise ValueError(f'{model} is a GGUF file: use `fold_gguf`')
+    head = TemperatureHead.from_pretrained(head)
+    linear_row(head) # raises for a head that is no row
     out, source = Path(out), model_source(model)
     check_out(out, scale)
     if out.suffix == '.gguf': raise ValueError(f'{out} would be a folder: a GGUF file is made of a GGUF file')
     if (source/SETTINGS).exists():
         raise ValueError(f'{source} has a row of a head already: name the folder of the model itself')
-    head = TemperatureHead.from_pretrained(head)
-    linear_row(head) # raises for a head that is no row
     files, dtype = _shards(source)
     loaded, tokenizer = load_model(source, dtype)
     _check_model(loaded, head, other_model, **squash_of(loaded))

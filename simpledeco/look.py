@@ -93,12 +93,14 @@ def token_report(
     messages:list, # a conversation that ends with an answer
     scale:float=1.0, # multiplies every temperature
     shown:int=8, # most candidates to name
-    temperature:float|None=None, # one for all tokens, in the place of the head's
+    temperature:float|None=None, # one for all tokens, in the place of the head's; that of a head by prompt
 )->list: # a dict for each response token, see `_token`
-    "What the head makes of each token of an answer"
+    "What the head makes of each token of an answer. Raises `ValueError` for a head by prompt without a temperature"
     import torch
     from simpledeco.conversations import encode, end_tokens
     from simpledeco.model import context_length, read_output
+    from simpledeco.request import check_by_token
+    if temperature is None: check_by_token(head)
     ids, where = encode(dict(id='text', messages=messages), tokenizer, context_length(model), end_tokens(model, tokenizer))
     with torch.no_grad():
         hidden, z, _ = read_output(model, lambda h: h[0, [w - 1 for w in where]],

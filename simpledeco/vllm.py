@@ -23,6 +23,7 @@ from .decode import check_plain_logits, divisor, min_p_filter, NEUTRAL, OFF
 from .files import read_json
 from .head import check_fits, TemperatureHead
 from .model import alike, load_model, read_output
+from .request import check_by_token
 from .sample import Answer
 
 # %% ../nbs/33_vllm.ipynb #be9e80a5
@@ -98,12 +99,13 @@ def serve_dir(
     own_min_p:bool=False, # let the class apply min-p, for speculative decoding
     other_model:bool=False, # accept a model that the head was not trained for, without looking at it
 )->Path: # the folder
-    """Write a folder for `vllm serve`. Raises `ValueError` when head and model do not fit or the
-    folder exists, `OSError` when the hub does not give the model"""
+    """Write a folder for `vllm serve`. Raises `ValueError` when head and model do not fit, for a head
+    by prompt, or when the folder exists, `OSError` when the hub does not give the model"""
+    head = TemperatureHead.from_pretrained(head)
+    check_by_token(head)
     out, source = Path(out), model_source(model)
     if out.exists(): raise ValueError(f'{out} exists: choose another folder or delete it')
     if not scale > 0: raise ValueError(f'scale is {scale!r}: it must be a positive number')
-    head = TemperatureHead.from_pretrained(head)
     files = _own_files(source, head, scale, own_min_p)
     if not other_model: _check(source, head)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 "Fixtures shared by the tests: the project, and clean copies of it to run things in"
-import os, shutil, subprocess, sys
+import json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,50 @@ def uneven_head(model, folder): # TemperatureHead, saved in the folder
     head.mean.fill_(1.); head.std.fill_(4.)
     head.save_pretrained(folder)
     return head
+
+
+def fits(drawn, p):
+    "The p-value of a chi-square test; 0 where a token was drawn that should not be"
+    from scipy.stats import chisquare
+    n, counts = len(drawn), drawn.bincount(minlength=len(p))
+    if not (p[drawn] > 0).all(): return 0.
+    common = p*n >= 5
+    seen, wanted = counts[common].tolist(), (p[common]*n).tolist()
+    rest = n - sum(wanted)
+    if rest >= 5: seen.append(n - sum(seen)); wanted.append(rest)
+    else: seen[-1] += n - sum(seen); wanted[-1] += rest
+    return chisquare(seen, wanted).pvalue if len(seen) > 1 else 1. # one token alone
+
+
+def beginnings(tokenizer, words): # token ids [n]
+    "The tokens with which one of some words may begin"
+    import torch
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return torch.tensor([i for i,text in enumerate(texts) if text and any(w.startswith(text) for w in words)])
+
+
+@contextmanager
+def vllm_server(log, *options): # the address; `log` is a file
+    "`vllm serve` on a free port of this machine"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    command = [Path(sys.executable).parent/'vllm', 'serve', *options, '--served-model-name', 'smol', '--host', '127.0.0.1', '--port', port,
+               '--dtype', 'float32', '--max-model-len', 512, '--enforce-eager', '--block-size', 32]
+    with open(log, 'w') as f:
+        process = subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5); break
+            except OSError: time.sleep(2)
+        yield f'http://127.0.0.1:{port}'
+    finally:
+        if process.poll() is None: os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def post(server, path, **body): # what the server answers
+    request = urllib.request.Request(server + path, json.dumps(dict(model='smol', **body)).encode(), {'Content-Type': 'application/json'})
+    return json.load(urllib.request.urlopen(request, timeout=300))
 
 
 @pytest.fixture(scope='module')

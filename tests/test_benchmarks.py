@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from conftest import ROOT, run as command
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
-import growth, report, run, sampling
+import growth, report, row, run, sampling
 
 
 def figure(value, lo, hi, **more): return dict(ratio=value, lo=lo, hi=hi, **more)
@@ -142,6 +142,13 @@ def subject(): return sampling.subject('smoke')
 def test_decoding_is_measured_without_vllm(subject):
     found = run.decoding(subject.model, subject.tokenizer, 'logits', calls=1)
     assert found['pairs'] == 30 and 0 < found['lo'] <= found['ratio'] <= found['hi'] and found['at_least'] == .985
+
+
+def test_a_row_is_measured_without_vllm(tmp_path):
+    source = ROOT/'models/smoke'
+    made, head = row.folded(source, tmp_path)
+    found = row.in_transformers(source, made, head, 2, calls=1)
+    assert found['pairs'] == 30 and 0 < found['lo'] <= found['ratio'] <= found['hi']
 
 
 def test_every_part_of_sampling_has_its_share(subject, monkeypatch):

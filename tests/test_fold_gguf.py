@@ -36,17 +36,27 @@ def fields():
 def weights(): return [t for t in GGUFReader(SMOL).tensors if not t.name.startswith('blk.') or int(t.name.split('.')[1]) < 2]
 
 
-def cut(path, change=lambda name, data, kind: {name: (data, kind)}, **replaced):
+def as_it_is(name, data, kind): return {name: (data, kind)}
+
+
+def cut(path, change=as_it_is, arch='llama', **replaced):
     "Two layers and the first tokens of SmolLM2; `change` may store a tensor otherwise, `replaced` are fields of the tokenizer"
-    writer = GGUFWriter(path, 'llama')
+    writer = GGUFWriter(path, arch)
     for name,(value,types) in fields().items():
         value = replaced.get(name.rpartition('.')[2], value)
-        writer.add_key_value(name, value, types[0], types[-1] if types[0] == GGUFValueType.ARRAY else None)
+        writer.add_key_value(name.replace('llama.', f'{arch}.'), value, types[0], types[-1] if types[0] == GGUFValueType.ARRAY else None)
     for t in weights():
         data = t.data[:V] if t.name == 'token_embd.weight' else t.data
         for name,(data,kind) in change(t.name, data, t.tensor_type).items(): writer.add_tensor(name, data, raw_dtype=kind)
+    writer.add_key_length(64); writer.add_value_length(64)
     writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
     return path
+
+
+def as_gemma2(name, data, kind):
+    "SmolLM2's tensors as those of a Gemma 2, which has two norms more in a layer"
+    other = name.replace('.attn_norm', '.post_attention_norm').replace('.ffn_norm', '.post_ffw_norm')
+    return {name: (data, kind)} | ({} if other == name else {other: (data, kind)})
 
 
 def stored_as(kind, untied=False):
@@ -113,6 +123,15 @@ def test_the_row_in_every_kind_of_matrix(kind, untied, exact, error, tmp_path):
     assert wanted.std() > .1 and (T - wanted).abs().max() < error
     if exact: assert torch.equal(found[:, :-1], z)
     else: assert 0 < (found[:, :-1] - z).abs().max() < 3*said['others'] + .05
+
+
+@pytest.mark.parametrize('arch, change, message', [
+    ('gemma2', as_gemma2, 'changes its logits after the output embedding'),
+    ('granite', as_it_is, 'an architecture that transformers does not take from GGUF')])
+def test_models_that_change_their_logits(arch, change, message, made, tmp_path):
+    path = cut(tmp_path/'m.gguf', change, arch)
+    with pytest.raises(ValueError, match=message): fold(made[2], path, tmp_path/'x.gguf')
+    assert not (tmp_path/'x.gguf').exists()
 
 
 def test_the_vocabulary_is_as_long_as_the_matrix(made, tmp_path):

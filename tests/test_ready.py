@@ -84,7 +84,7 @@ def test_a_folder_of_the_user_comes_first(tmp_path):
      'the head reads hidden states of size 576, the model has 32: train a head for this model'),
     (['demo', 'smollm2-by-prompt', SMOKE, '--port', '0'], 'train a head for this model'),
     (['serve-dir', 'smollm2-by-prompt', MODEL, 'served'], 'send the temperature with each request'),
-    (['fold', 'smollm2-by-prompt', MODEL, 'folded'], 'wants a head by token'),
+    (['fold', 'smollm2-by-prompt', MODEL, 'folded'], 'wants a head by token: send the temperature'),
     (['heads', '--to', 'x'], 'want the name of a head'), (['heads', 'smollm2-text', '--to', '.'], '. exists: choose another folder'),
     (['heads', 'smollm2-text', '--model', '.'], '. exists and holds no model: choose another folder'),
     (['heads', 'smollm2-text', '--model', SMOKE],

@@ -7,9 +7,13 @@ from conftest import ROOT
 from test_cli import simpledeco
 
 from simpledeco.decode import attach
+from simpledeco.fold import fold
+from simpledeco.fold_gguf import fold_gguf
 from simpledeco.head import TemperatureHead
+from simpledeco.look import token_report
 from simpledeco.model import fingerprint, load_model
 from simpledeco.request import request_temperature
+from simpledeco.vllm import serve_dir
 
 MODEL = ROOT/'models/smoke'
 PROMPTS = ['What is 1 + 1?', 'Write a story.', 'Ünïcödé\nin "two" lines']
@@ -68,6 +72,19 @@ def test_the_command_prints_that_number_and_nothing_else(made, prompt):
 def test_bad_input_is_one_line(made, head, prompt, message):
     done = simpledeco('temperature', head, MODEL, prompt, cwd=made[0], check=False)
     assert done.returncode == 1 and not done.stdout and done.stderr.count('\n') == 1 and message in done.stderr, done.stderr
+
+
+def test_nothing_reads_a_head_by_prompt_at_every_token(made, tmp_path):
+    "It would become a head by token, which nobody has trained, and nothing would tell"
+    work, model, tokenizer, head = made
+    talk = [dict(role='user', content='Hi'), dict(role='assistant', content='Hello.')]
+    for use in (lambda: serve_dir(work/'prompt', MODEL, tmp_path/'x', other_model=True), lambda: fold(work/'prompt', MODEL, tmp_path/'x'),
+                lambda: fold_gguf(work/'prompt', 'm.gguf', tmp_path/'x.gguf'), lambda: token_report(model, tokenizer, head, talk),
+                lambda: attach(model, head)):
+        with pytest.raises(ValueError, match='this head has one temperature for each prompt.* (`request|`prompt)_temperature` says'): use()
+    assert not list(tmp_path.iterdir())
+    T = request_temperature(model, tokenizer, head, 'Hi')
+    assert all(x['own'] == pytest.approx(T) for x in token_report(model, tokenizer, head, talk, temperature=T))
 
 
 def test_a_head_of_another_model_may_be_accepted(made):

@@ -1,9 +1,9 @@
 "Real generation from SmolLM2 in stock vLLM: run by `make test-vllm`, in an environment of its own"
-import json, math, os, signal, socket, subprocess, sys, time, urllib.error, urllib.request
+import math, os, subprocess, sys, urllib.error
 
 import pytest, torch
 from scipy.stats import chisquare
-from conftest import ROOT
+from conftest import beginnings, fits, post, ROOT, vllm_server
 
 from simpledeco.decode import attach, min_p_filter
 from simpledeco.head import TemperatureHead
@@ -14,8 +14,8 @@ from simpledeco.vllm import ends_of, PREFIX, serve_dir, write
 
 vllm = pytest.importorskip('vllm', reason='run `make test-vllm`')
 MODEL = ROOT/'models/embedded'
-# of 32, so that the answers to one prompt share most of it
-SETTINGS = dict(dtype='float32', max_model_len=512, max_num_seqs=64, enforce_eager=True, block_size=32)
+# blocks of 32 and steps of at most 64 tokens, so that prompts share blocks and are read in pieces
+SETTINGS = dict(dtype='float32', max_model_len=512, max_num_seqs=64, max_num_batched_tokens=64, enforce_eager=True, block_size=32)
 os.environ |= dict(HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='1', VLLM_NO_USAGE_STATS='1')
 PROMPTS = ['What is the capital of France?', 'Write the first line of a poem.', 'What is 17 + 25?',
            'Tell me a surprising fact.']
@@ -110,6 +110,18 @@ def test_temperatures_are_those_of_transformers(reference, served, ours, prompts
     assert torch.cat(seen).std() > .1, 'temperatures that are all alike would prove nothing'
 
 
+def test_long_prompts_are_read_in_pieces_and_share_their_beginning(reference, served, base, ours, prompts):
+    "Each longer than a step, twice: the second time its blocks are there"
+    long = ['You are a poet who answers in one line, in plain words, and never twice in the same way. '*4 + p for p in prompts]
+    assert all(len(reference[1](p, add_special_tokens=False).input_ids) > SETTINGS['max_num_batched_tokens'] for p in long)
+    params = vllm.SamplingParams(temperature=0, max_tokens=12, logprobs=8)
+    plain, *twice = ([x.outputs[0] for x in llm.generate(long, params, use_tqdm=False)] for llm in (base, ours, ours))
+    for outs in twice:
+        assert [o.token_ids for o in outs] == [o.token_ids for o in plain]
+        for p,o in zip(long, outs):
+            compare(reference, served['logits'][0], p, o.token_ids, [{t: x.logprob for t,x in step.items()} for step in o.logprobs])
+
+
 def test_prompts_are_scored_at_the_heads_temperature(reference, served, ours, prompts):
     "A limit of the class, which the row does not have: `compute_logits` is not told what its logits are for"
     model, head = reference[0], served['logits'][0]
@@ -120,11 +132,21 @@ def test_prompts_are_scored_at_the_heads_temperature(reference, served, ours, pr
     torch.testing.assert_close(found, wanted[:-1].gather(1, ids[0, 1:, None])[:, 0], rtol=.01, atol=.01)
 
 
-def test_structured_output(ours, prompts):
+@pytest.mark.parametrize('how', ['structured output', 'allowed tokens'])
+def test_structured_output(reference, served, ours, prompts, how):
+    "One of the words, and its first token has the head's temperature"
     from vllm.sampling_params import StructuredOutputsParams
-    words = ['Paris', 'London']
-    params = vllm.SamplingParams(n=16, structured_outputs=StructuredOutputsParams(choice=words))
-    assert {o.text for o in ours.generate(prompts[:1], params, use_tqdm=False)[0].outputs} <= set(words)
+    words = ['In', 'The', 'As', 'Beneath']
+    taken = beginnings(reference[1], words)
+    asked = (dict(structured_outputs=StructuredOutputsParams(choice=words)) if how == 'structured output'
+             else dict(allowed_token_ids=taken.tolist(), max_tokens=1))
+    outs = [o for x in ours.generate(prompts[1:2]*8, vllm.SamplingParams(n=64, min_p=.1, **asked), use_tqdm=False) for o in x.outputs]
+    assert how == 'allowed tokens' or {o.text for o in outs} <= set(words)
+    z, T, _ = expected(reference, served['logits'][0], prompts[1], [0])
+    drawn = torch.tensor([o.token_ids[0] for o in outs])
+    only = torch.full_like(z[0], -torch.inf).index_copy(0, taken, z[0, taken])
+    assert fits(drawn, min_p_filter(only/T[0], .1).softmax(-1)) > 1e-4
+    assert fits(drawn, min_p_filter(only, .1).softmax(-1)) < 1e-4, 'a temperature of 1 would prove nothing'
 
 
 def test_min_p_is_the_default_and_a_request_may_change_it(served, ours):
@@ -227,30 +249,8 @@ def test_without_the_plugin_the_folder_is_refused(served):
 
 @pytest.fixture(scope='module')
 def server(served, tmp_path_factory):
-    "`vllm serve` on a free port of this machine"
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    command = [os.path.join(os.path.dirname(sys.executable), 'vllm'), 'serve', served['hidden'][1],
-               '--served-model-name', 'smol', '--host', '127.0.0.1', '--port', str(port), '--dtype',
-               'float32', '--max-model-len', '512', '--enforce-eager', '--block-size', '32']
-    log = tmp_path_factory.mktemp('server')/'log'
-    with open(log, 'w') as f:
-        process = subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
-    try:
-        for _ in range(300):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5); break
-            except OSError: time.sleep(2)
-        yield f'http://127.0.0.1:{port}'
-    finally:
-        if process.poll() is None: os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
-def post(server, path, **body):
-    request = urllib.request.Request(server + path, json.dumps(dict(model='smol', **body)).encode(),
-                                     {'Content-Type': 'application/json'})
-    return json.load(urllib.request.urlopen(request, timeout=300))
+    "A server of the head that reads hidden states"
+    with vllm_server(tmp_path_factory.mktemp('server')/'log', served['hidden'][1]) as address: yield address
 
 
 def test_server_greedy_and_temperatures(reference, served, server, base, prompts):

@@ -1,9 +1,8 @@
 "A row of the output matrix in stock vLLM, read by a logits processor: run by `make test-vllm`"
-import json, math, os, subprocess, sys
+import math, os, subprocess, sys, urllib.error
 
 import pytest, torch
-from scipy.stats import chisquare
-from conftest import ROOT, uneven_head
+from conftest import beginnings, fits, post, ROOT, uneven_head, vllm_server
 
 from simpledeco.decode import min_p_filter
 from simpledeco.fold import fold
@@ -109,18 +108,6 @@ def drawn_first(llm, prompt, n=512, **kw):
     return torch.tensor([o.token_ids[0] for g in write(llm, [prompt]*(n//64), n=64, max_tokens=1, **kw) for o in g])
 
 
-def fits(drawn, p):
-    "The p-value of a chi-square test; 0 where a token was drawn that should not be"
-    n, counts = len(drawn), drawn.bincount(minlength=len(p))
-    if not (p[drawn] > 0).all(): return 0.
-    common = p*n >= 5
-    seen, wanted = counts[common].tolist(), (p[common]*n).tolist()
-    rest = n - sum(wanted)
-    if rest >= 5: seen.append(n - sum(seen)); wanted.append(rest)
-    else: seen[-1] += n - sum(seen); wanted[-1] += rest
-    return chisquare(seen, wanted).pvalue if len(seen) > 1 else 1. # one token alone
-
-
 @pytest.mark.parametrize('temperature, scale', [(1., 1.), (1.6, 1.), (1., .5), (1.6, 0)])
 def test_first_tokens_have_the_frequencies_that_they_should(reference, folded, ours, prompts, temperature, scale):
     "The temperature of a request and its `head_scale` multiply, min-p is the head's and comes after both; 0 turns all of it off"
@@ -144,7 +131,8 @@ def test_the_second_token_has_its_own_temperature(reference, folded, ours, promp
 
 def test_a_request_may_name_its_min_p(reference, folded, ours, prompts, request):
     if 'speculating' in request.node.name:
-        with pytest.raises(ValueError, match='min_p.*not yet supported with speculative'): write(ours, prompts[:1], min_p=.5)
+        from vllm.exceptions import VLLMValidationError # no ValueError, since 0.32
+        with pytest.raises(VLLMValidationError, match='min_p.*not yet supported with speculative'): write(ours, prompts[:1], min_p=.5)
         return
     z, T = expected(reference, folded[0], prompts[1], [0])
     for min_p in (.4, .01):
@@ -178,12 +166,64 @@ def test_prompts_are_scored_as_by_the_model(reference, ours, prompts):
     torch.testing.assert_close(found, wanted[:-1].gather(1, ids[0, 1:, None])[:, 0], rtol=2e-3, atol=2e-3)
 
 
-def test_structured_output_is_drawn_without_a_head(reference, ours, prompts):
-    "A grammar masks the row before any processor sees it: the choice is the model's own, at the temperature of the request"
+@pytest.mark.parametrize('how', ['structured output', 'allowed tokens'])
+@pytest.mark.parametrize('temperature', [1., 1.6])
+def test_where_the_row_is_masked_before_it_is_read_there_is_no_head(reference, folded, ours, prompts, how, temperature):
+    """A grammar masks all that it does not take, and so does a list of allowed tokens, before any processor sees the logits: the first
+    token is the model's own, at the temperature of the request, with the head's min-p"""
     from vllm.sampling_params import StructuredOutputsParams
-    words = ['Paris', 'London']
-    drawn = [o.text for g in write(ours, prompts[:1]*2, n=32, structured_outputs=StructuredOutputsParams(choice=words)) for o in g]
-    assert set(drawn) <= set(words)
+    words = ['In', 'The', 'As', 'Beneath']
+    taken = beginnings(reference[1], words)
+    asked = (dict(structured_outputs=StructuredOutputsParams(choice=words)) if how == 'structured output'
+             else dict(allowed_token_ids=taken.tolist()))
+    z, T = expected(reference, folded[0], prompts[1], [0])
+    only = torch.full((z.shape[1] + 1,), -torch.inf).index_copy(0, taken, z[0, taken])
+    drawn = drawn_first(ours, prompts[1], temperature=temperature, **asked)
+    assert fits(drawn, min_p_filter(only/temperature, .1).softmax(-1)) > 1e-4
+    assert fits(drawn, min_p_filter(only/(T[0]*temperature), .1).softmax(-1)) < 1e-4, 'a temperature of 1 would prove nothing'
+
+
+def test_raw_logprobs_are_those_of_the_model_and_its_row(reference, folded, prompts):
+    "vLLM's default. The row has a share of the probability there, which is next to nothing; a request's temperature has none"
+    raw, model = engine(folded, 'older'), load_model(folded[1])[0]
+    for prompt,(out,) in zip(prompts, write(raw, prompts, logprobs=8, temperature=1.5, min_p=1e-9)):
+        ids = torch.tensor([reference[1](prompt, add_special_tokens=False).input_ids + list(out.token_ids)])
+        with torch.no_grad(): z = model(ids).logits[0, -len(out.token_ids) - 1:-1]
+        wanted, without = z.log_softmax(-1), z[:, :-1].log_softmax(-1)
+        assert (wanted[:, :-1] - without).abs().max() < 1e-4
+        for row,found in zip(wanted, values(out)):
+            torch.testing.assert_close(torch.tensor(list(found.values())), row[list(found)], rtol=2e-3, atol=2e-3)
+
+
+@pytest.fixture(scope='module')
+def server(folded, tmp_path_factory):
+    os.environ['VLLM_USE_V2_MODEL_RUNNER'] = '0'
+    with vllm_server(tmp_path_factory.mktemp('server')/'log', folded[1], '--logits-processors', *SETTINGS['logits_processors']) as address:
+        yield address
+
+
+def asked_first(server, prompt, n=512, **body):
+    "First tokens, over HTTP"
+    ask = lambda: post(server, '/v1/completions', prompt=prompt, n=64, max_tokens=1, logprobs=0, return_tokens_as_token_ids=True, **body)
+    return torch.tensor([int(c['logprobs']['tokens'][0].removeprefix('token_id:')) for _ in range(n//64) for c in ask()['choices']])
+
+
+@pytest.mark.parametrize('said, scale', [({}, 1.), (dict(vllm_xargs=dict(head_scale=.5)), .5), (dict(vllm_xargs=dict(head_scale=0)), 0)])
+def test_a_server_takes_the_scale_of_a_request(reference, folded, server, prompts, said, scale):
+    "`vllm serve` on the folded folder: by default the head's temperature, and a request scales it or turns it off"
+    z, T = expected(reference, folded[0], prompts[1], [0])
+    p = min_p_filter(z[0]/(T[0]*scale), .1).softmax(-1) if scale else z[0].softmax(-1)
+    assert fits(asked_first(server, prompts[1], **said), torch.cat([p, torch.zeros(1)])) > 1e-4
+
+
+def test_a_server_is_greedy_as_the_model_and_refuses_a_scale_that_is_none(reference, server, prompts):
+    model, tokenizer = reference
+    for prompt in prompts:
+        out = post(server, '/v1/completions', prompt=prompt, temperature=0, max_tokens=16)['choices'][0]['text']
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors='pt')
+        plain = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids.input_ids.shape[1]:]
+        assert out == tokenizer.decode(plain, skip_special_tokens=True)
+    with pytest.raises(urllib.error.HTTPError, match='400'): asked_first(server, prompts[1], vllm_xargs=dict(head_scale=-1))
 
 
 def test_one_class_serves_both_interfaces(folded):
