@@ -330,5 +330,6 @@ def on_page_content(html_text, page, config, files):
     "Formulas as MathML"
     def drawn(found):
         block = found[1] == 'div'
-        return convert(html.unescape(found[2].strip()[2:-2]), display='block' if block else 'inline')
+        made = convert(html.unescape(found[2].strip()[2:-2]), display='block' if block else 'inline')
+        return re.sub(r'(<mi>log</mi>)(?=<m(?:i|sub|frac)\b)', r'\1<mspace width=".17em"/>', made) # log x, not logx
     return re.sub(r'<(div|span) class="arithmatex">(.+?)</\1>', drawn, html_text, flags=re.S)

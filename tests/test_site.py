@@ -70,6 +70,7 @@ def test_nothing_is_loaded_from_another_host():
 def test_formulas_and_tables_are_drawn_and_directives_are_gone():
     text = (SITE/'nbs/01_loss/index.html').read_text(encoding='utf-8')
     assert text.count('<math') > 50 and 'arithmatex' not in text and '#| export' not in text
+    assert '<mi>log</mi><mspace' in text and not re.search(r'<mi>log</mi><m(i|sub|frac)\b', text), 'log x is written as logx'
     for page in PAGES:
         prose = re.sub(r'<(pre|code|script)\b.*?</\1>', '', (SITE/page/'index.html').read_text(encoding='utf-8'), flags=re.S)
         assert not re.search(r'\$[^$<>\n]+\$|^\| ?-+', prose, re.M), f'{page}: a formula or a table is left as it was typed'
