@@ -120,8 +120,9 @@ docs: .venv/docs
 	pip $(LOCKED) -r docs/requirements.txt
 	touch $@
 
+# in a container one is root, which Jupyter wants to be told
 lab: setup
-	jupyter lab nbs
+	jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # run the library notebooks and keep their outputs, then export the package and the README
 notebooks: setup

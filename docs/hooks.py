@@ -133,7 +133,7 @@ def figure_page(found):
         made = stages(profile)
         lines.append(f'## Profile `{profile}`\n')
         for name,(_, doc, needs) in drawn.items():
-            stage = lambda x: f'[`{x}`]({x}), made by the stage {stage_link(made[x])} with the commit {commit_of(profile, x)}'
+            stage = lambda x: f'[`{x}`]({x}), made by the stage {stage_link(made[x])} with the commit {commit_of(x)}'
             path = f'paper/figures/{profile}/{name}'
             lines += [f'### {name} {{ #{profile}-{name} }}\n', f'{doc}.\n', f'![{doc}]({path}.svg)\n',
                       f'Drawn from {"; ".join(map(stage, needs))}. [PDF]({path}.pdf)\n']
@@ -143,31 +143,46 @@ def figure_page(found):
 # the leaderboard
 
 CONSTANT = 'static, min-p' # what the ladder calls it
-# where decoders are measured: {heading: (what is compared, profile, file of results, which task of it)}
+# where decoders are measured: {heading: (what is compared, file of results, which task of it)}
 BOARDS = {
-    'Questions and open prompts: SmolLM2-135M': ('frontier', 'full', 'frontier.csv', None),
-    'The same, with the prompts of `make paper`': ('frontier', 'embedded', 'frontier.csv', None),
-    'Facts, creative: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'facts | creative'),
-    'Plain questions, open requests, without a question mark: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'plain | openly'),
-    'A fact inside fiction: SmolLM2-135M': ('rungs', 'rungs', 'rungs_gains.csv', 'inside'),
-    'Facts, creative: Gemma-3-270M, pretrained only': ('rungs', 'gemma', 'rungs_gains.csv', 'facts | creative'),
-    'A fact inside fiction: Gemma-3-270M, pretrained only': ('rungs', 'gemma', 'rungs_gains.csv', 'inside'),
-    'Sets of valid answers: SmolLM2-135M': ('sets', 'embedded', 'ladder.json', None),
-    'Sets of valid answers: Gemma-3-270M, pretrained only': ('sets', 'gemma', 'ladder.json', None),
-    'Reference text, by corpus: SmolLM2-135M': ('text', 'embedded', 'evaluate.json', None)}
+    'Questions and open prompts: SmolLM2-135M': ('frontier', 'results/full/frontier.csv', None),
+    'The same, with the prompts of `make paper`': ('frontier', 'results/embedded/frontier.csv', None),
+    'Public questions and instructions: SmolLM2-135M': ('public', 'benchmarks/public.json', None),
+    'Questions, asked by lm-eval: SmolLM2-135M': ('harness', 'results/embedded/benchmarks.json', None),
+    'Facts, creative: SmolLM2-135M': ('rungs', 'results/rungs/rungs_gains.csv', 'facts | creative'),
+    'Plain questions, open requests, without a question mark: SmolLM2-135M': ('rungs', 'results/rungs/rungs_gains.csv', 'plain | openly'),
+    'A fact inside fiction: SmolLM2-135M': ('rungs', 'results/rungs/rungs_gains.csv', 'inside'),
+    'A fact inside fiction, in new places: SmolLM2-135M': ('rungs', 'results/rungs-elsewhere/rungs_gains.csv', 'elsewhere'),
+    'A fact inside fiction, in the places that were left: SmolLM2-135M': ('rungs', 'results/rungs-further/rungs_gains.csv', 'further'),
+    'A fact inside fiction, in all places: SmolLM2-135M': ('rungs', 'results/rungs-further/rungs_gains.csv', 'all places'),
+    'Facts, creative: Gemma-3-270M, pretrained only': ('rungs', 'results/gemma/rungs_gains.csv', 'facts | creative'),
+    'A fact inside fiction: Gemma-3-270M, pretrained only': ('rungs', 'results/gemma/rungs_gains.csv', 'inside'),
+    'A fact inside fiction, in new places: Gemma-3-270M': ('rungs', 'results/gemma-elsewhere/rungs_gains.csv', 'elsewhere'),
+    'A fact inside fiction, in the places that were left: Gemma-3-270M': ('rungs', 'results/gemma-further/rungs_gains.csv', 'further'),
+    'A fact inside fiction, in all places: Gemma-3-270M': ('rungs', 'results/gemma-further/rungs_gains.csv', 'all places'),
+    'Sets of valid answers: SmolLM2-135M': ('sets', 'results/embedded/ladder.json', None),
+    'Sets of valid answers: Gemma-3-270M, pretrained only': ('sets', 'results/gemma/ladder.json', None),
+    'Reference text, by corpus: SmolLM2-135M': ('text', 'results/embedded/evaluate.json', None),
+    'Reference text, against a tuned constant: SmolLM2-135M': ('tuned', 'results/embedded/controls.json', None)}
 SAYS = dict(
     frontier='*Right answers*: the share that the answer key accepts. *Variety*: how different the answers to one open prompt are. '
              '*Above the constants*: accuracy over that of the constant temperature which is as varied.',
-    rungs='Each decoder has several strengths, and is read off where it is as varied as a constant. *Above*: how much more often it is right '
-          'there than that, and the head by token than it; empty where one of both is never as varied, without an interval where '
-          'fewer than 95% of the resamples are.',
+    public='The same measures, on questions and instructions that nobody here wrote. *Switch*: greedy after a question mark. The head is '
+           'by token, and *first T, kept* is the head with its first temperature for the whole answer.',
+    harness='The head is the one by token, *judged, left out*; *MeanShift* is its mean temperature everywhere. The file has the shares '
+            'by corpus too.',
+    rungs='Each decoder has several strengths, and is read off where it is as varied as a constant. *Above*: how much more often it is '
+          'right there than that, and the head by token than it; empty where one of both is never as varied, without an interval '
+          'where fewer than 95% of the resamples are. A decoder without a value is as varied as none of these constants.',
     sets='The expected number of distinct valid answers in several draws, exact, without sampling. The oracles know the set.',
-    text='The expected probability of the true token. A constant that keeps more of the tokens has less of it: see the figure *tradeoff*.')
+    text='The expected probability of the true token. A constant that keeps more of the tokens has less of it: see the figure *tradeoff*.',
+    tuned='The quadratic score, over that of the constant temperature that does best on the calibration split. *Tuned*: the decoder is '
+          'at the setting that does best there.')
 
 
-def commit_of(profile, path):
+def commit_of(path):
     "The commit that made a file of results, with its date"
-    run = ROOT/'results'/profile/'run.json'
+    run = (ROOT/path).parent/'run.json'
     if run.exists(): return '`{commit}` of {date}'.format(**json.loads(run.read_text(encoding='utf-8')))
     made = subprocess.run(['git', 'log', '-1', '--format=`%h` of %as', '--', path], cwd=ROOT, capture_output=True, text=True)
     return made.stdout.strip() or 'that is not known here'
@@ -191,13 +206,15 @@ def rungs_rows(data, task):
     data = [r for r in data if r['task'] == task]
     of, levels = {(r['decoder'], r['rival'], r['at']): r for r in data}, list(dict.fromkeys(r['at'] for r in data))
     names = list(dict.fromkeys(r['decoder'] for r in data if r['rival'] == CONSTANT))
+    for r in data: # how often the constant itself is right, from any decoder that is compared with it
+        if r['rival'] == CONSTANT and r['gain']: of[CONSTANT, CONSTANT, r['at']] = dict(good=float(r['good']) - float(r['gain']), gain='')
     above = lambda *key: measured(of.get(key), 'gain', 'lo', 'hi', '+.3f')
     def row(name):
         return {'decoder': (name,)*2} | {f'{what}, {at}': cell for at in levels for what,cell in {
-            'right answers': measured(of[name, CONSTANT, at], 'good'), 'above a constant': above(name, CONSTANT, at),
+            'right answers': measured(of.get((name, CONSTANT, at)), 'good'), 'above a constant': above(name, CONSTANT, at),
             'by token above it': above('by token', name, at)}.items()}
-    rows = [row(n) for n in names]
-    filled = [c for c in rows[0] if sum(r[c][1] != '' for r in rows) > 3] # a column of three values is no ranking
+    rows = [row(n) for n in [CONSTANT, *names]]
+    filled = [c for c in rows[0] if any(r[c][1] != '' for r in rows)]
     return [{c: r[c] for c in filled} for r in rows]
 
 
@@ -216,6 +233,22 @@ def text_rows(data, _):
     return [{'decoder': (name,)*2} | cells(name) for name in next(iter(scores.values()))]
 
 
+def tuned_rows(data, _):
+    cells = lambda found: {corpus: measured(gains['static'], 'mean', 'lo', 'hi', '+.3f') for corpus,gains in found.items()}
+    return [{'decoder': (name,)*2} | cells(found) for name,found in data['gains'].items()]
+
+
+def public_rows(data, _):
+    share = lambda r: measured(r, 'mean', 'lo', 'hi')
+    return [{'decoder': (r['decoder'],)*2, 'right answers': share(r['right']), 'variety': share(r['variety']),
+             'above the constants': measured(r['above'], 'mean', 'lo', 'hi', '+.3f')} for r in data['decoders']]
+
+
+def harness_rows(data, _):
+    return [{'decoder': (name,)*2, 'right answers': measured(r['all'], 'mean', 'lo', 'hi'),
+             'the head above it': measured(data['against'].get(name), 'mean', 'lo', 'hi', '+.3f')} for name,r in data['methods'].items()]
+
+
 def sortable(rows):
     "A table that docs/site.js sorts"
     head = ''.join(f'<th aria-sort="none"><button>{html.escape(c)}</button></th>' for c in rows[0])
@@ -225,15 +258,16 @@ def sortable(rows):
 
 
 def leaderboard():
-    "Every decoder on every task and model, from results/"
-    rows_of = dict(frontier=frontier_rows, rungs=rungs_rows, sets=sets_rows, text=text_rows)
+    "Every decoder on every task and model, from results that are committed"
+    rows_of = dict(frontier=frontier_rows, public=public_rows, harness=harness_rows, rungs=rungs_rows, sets=sets_rows, text=text_rows,
+                   tuned=tuned_rows)
     sections, said = [], set()
-    for heading,(kind, profile, name, task) in BOARDS.items():
-        path, text = f'results/{profile}/{name}', (ROOT/'results'/profile/name).read_text(encoding='utf-8')
-        data = json.loads(text) if name.endswith('.json') else list(csv.DictReader(io.StringIO(text)))
+    for heading,(kind, path, task) in BOARDS.items():
+        text = (ROOT/path).read_text(encoding='utf-8')
+        data = json.loads(text) if path.endswith('.json') else list(csv.DictReader(io.StringIO(text)))
         about = '' if kind in said else f'{SAYS[kind]}\n\n'
         said.add(kind)
-        sections.append(f'## {heading}\n\n{about}[`{path}`]({path}), made with the commit {commit_of(profile, path)}.\n\n'
+        sections.append(f'## {heading}\n\n{about}[`{path}`]({path}), made with the commit {commit_of(path)}.\n\n'
                         f'{sortable(rows_of[kind](data, task))}\n')
     return '\n'.join(sections)
 
@@ -278,7 +312,7 @@ def on_files(files, config):
             add(f'paper/figures/{profile}/{name}.svg', svg)
             add(f'paper/figures/{profile}/{name}.pdf', path=ROOT/f'paper/figures/{profile}/{name}.pdf')
     shown = {x for drawn in found.values() for _,_,needs in drawn.values() for x in needs}
-    for x in shown | {f'results/{profile}/{name}' for _,profile,name,_ in BOARDS.values()}: add(x, path=ROOT/x)
+    for x in shown | {path for _,path,_ in BOARDS.values()}: add(x, path=ROOT/x)
     if (ROOT/'paper/main.pdf').exists(): add('paper/main.pdf', path=ROOT/'paper/main.pdf')
     notebooks = made_by()
     for m in modules():
@@ -296,5 +330,6 @@ def on_page_content(html_text, page, config, files):
     "Formulas as MathML"
     def drawn(found):
         block = found[1] == 'div'
-        return convert(html.unescape(found[2].strip()[2:-2]), display='block' if block else 'inline')
+        made = convert(html.unescape(found[2].strip()[2:-2]), display='block' if block else 'inline')
+        return re.sub(r'(<mi>log</mi>)(?=<m(?:i|sub|frac)\b)', r'\1<mspace width=".17em"/>', made) # log x, not logx
     return re.sub(r'<(div|span) class="arithmatex">(.+?)</\1>', drawn, html_text, flags=re.S)

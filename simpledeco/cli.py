@@ -582,7 +582,7 @@ def evaluate(context:typer.Context, head:Head, model:Model, scale:Scale=1.0):
     "Run lm-eval on a model with a head; further options are those of `lm-eval run`."
     try: from simpledeco.harness import run
     except ModuleNotFoundError as e:
-        raise ImportError(f'{e.name} is missing: pip install "simpledeco-lm[harness]"') from e
+        raise ImportError(f'{e.name} is missing: run pip install ".[harness]" in the clone') from e
     run(context.args, pretrained=model, head=head, scale=scale)
 
 # %% ../nbs/35_cli.ipynb #dbd6b93e

@@ -251,7 +251,7 @@ CARD = """---
 ---
 # A temperature head for {{ r.model or "base model " ~ head.base_model }}
 
-One temperature per token for a frozen language model, by simpledeco (`pip install simpledeco-lm`).
+One temperature per token for a frozen language model, by simpledeco (in a clone of it: `pip install .`).
 The head was trained to keep the true next token among the candidates of min-p sampling, except for
 a share of tokens called the risk. {% if r.calibration %}It is calibrated: on texts like those of
 the calibration corpora, all of them together with equal weight for each group, at least 1 - risk

@@ -188,6 +188,18 @@ def test_inspect_shows_a_second_answer_at_a_static_temperature(work):
     assert not (work/'two.html').exists()
 
 
+@pytest.mark.parametrize('prompt, answer, beside', [('word '*10_000, 'yes', 'no'), ('why?', '<b>so</b> '*3000, 'no'),
+                                                    ('why?', 'yes', 'so '*10_000)])
+def test_inspect_refuses_what_is_longer_than_the_model_reads(work, prompt, answer, beside):
+    "Ten thousand tokens for a model that reads 2,048"
+    said = ['--prompt', prompt, '--answer', answer, '--beside', beside]
+    done = simpledeco('inspect', 'calibrated', MODEL, 'x.html', *said, cwd=work, check=False)
+    option = '--beside' if len(beside) > 10 else '--answer'
+    (line,) = check_one_line(done, f'--prompt and {option}: ')
+    assert int(re.search(r"has (\d+) tokens but the model's context is 2048: shorten", line)[1]) > 9000 and len(line) < 150
+    assert not (work/'x.html').exists()
+
+
 def check_one_line(done, message):
     lines = done.stderr.strip().splitlines()
     assert (done.returncode == 1 and lines[-1].startswith('simpledeco: ') and message in lines[-1]

@@ -1,15 +1,17 @@
 "What is uploaded: wheel and sdist, and a head with its card"
-import re, shutil, sys, tarfile, zipfile
+import re, shutil, subprocess, sys, tarfile, tomllib, zipfile
+from datetime import date
 from importlib.metadata import distribution
 from types import SimpleNamespace
 
-import torch
+import torch, yaml
 from conftest import ROOT, run
 from huggingface_hub import HfApi, ModelCard
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from simpledeco import __version__
 from simpledeco.head import TemperatureHead
 
 
@@ -84,3 +86,26 @@ def test_files_that_commands_install_from_are_there():
     commands = [ROOT/'Makefile', ROOT/'Dockerfile', *(ROOT/'.github/workflows').glob('*.yml')]
     named = {f for file in commands for f in re.findall(r'\s-[rc] ([\w/.-]+\.txt)', file.read_text())}
     assert {'requirements.txt', 'docs/requirements.txt'} <= named and all((ROOT/f).is_file() for f in named), named
+
+
+# https://github.com/citation-file-format/citation-file-format/blob/1.2.0/schema-guide.md
+CFF_NEEDS = {'authors', 'cff-version', 'message', 'title'}
+CFF_KNOWS = {*CFF_NEEDS, 'abstract', 'commit', 'contact', 'date-released', 'doi', 'identifiers', 'keywords', 'license', 'license-url',
+             'preferred-citation', 'references', 'repository', 'repository-artifact', 'repository-code', 'type', 'url', 'version'}
+
+def test_citation_changelog_package_and_paper_are_of_one_version_date_and_title():
+    cited, project = yaml.safe_load((ROOT/'CITATION.cff').read_text()), tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
+    assert CFF_NEEDS <= cited.keys() <= CFF_KNOWS and cited['cff-version'] == '1.2.0' and cited['type'] == 'software'
+    assert all(set(x) & {'name', 'family-names'} for x in cited['authors']) and type(cited['date-released']) is date
+    newest, day = re.search(r'^## (\d+\.\d+\.\d+)\n\n(\d{4}-\d\d-\d\d)\. ', (ROOT/'CHANGELOG.md').read_text(), re.M).groups()
+    assert cited['version'] == newest == __version__ and str(cited['date-released']) == day
+    assert cited['license'] == project['license'] and cited['authors'] == project['authors']
+    paper = re.search(r'\\title\{(?:\\[\w.{}-]+)*\s*(.+?):', (ROOT/'paper/main.tex').read_text())[1]
+    assert cited['title'].lower() == f'simpledeco: {paper.lower()}'
+
+
+def test_the_note_of_a_release_is_its_part_of_the_changelog():
+    "As the workflow cuts it out"
+    command = re.search(r"sed -n .+ CHANGELOG\.md", (ROOT/'.github/workflows/release.yml').read_text())[0]
+    note = subprocess.check_output(['bash', '-c', command], cwd=ROOT, env=dict(GITHUB_REF_NAME=f'v{__version__}'), text=True)
+    assert 'The first version.' in note and 'What was found is on the front page' in note and not re.search('^#', note, re.M)

@@ -7,7 +7,7 @@ from test_cli import simpledeco
 
 from simpledeco.head import TemperatureHead
 from simpledeco.ready import HEADS, ready_heads
-from simpledeco.study.release import write_release
+from simpledeco.study.release import text_head, write_release
 
 MODEL, SMOKE = ROOT/'models/embedded', ROOT/'models/smoke'
 
@@ -112,3 +112,12 @@ def test_the_release_is_made_of_the_results_of_the_study(tmp_path):
     write_release(tmp_path, ROOT)
     for p in HEADS.rglob('*.*'): assert (tmp_path/p.relative_to(HEADS)).read_bytes() == p.read_bytes(), p
     assert (HEADS/'smollm2-by-token/model.safetensors').read_bytes() == (ROOT/'judged/full/seed-0/mix/model.safetensors').read_bytes()
+
+
+def test_the_head_of_reference_text_is_that_of_the_committed_run():
+    if not (ROOT/'heads/embedded').exists() or not (ROOT/'tokens/embedded').exists(): pytest.skip('needs `make paper`')
+    ready, made = TemperatureHead.from_pretrained('smollm2-text'), text_head(ROOT)
+    assert same(ready, made) and ready.record == made.record
+    trained = TemperatureHead.from_pretrained(ROOT/'heads/embedded/logits-mix').state_dict()
+    moved = {k for k,v in ready.state_dict().items() if not torch.equal(v, trained[k])}
+    assert moved == {'offset'}, 'calibration moves the offset alone'

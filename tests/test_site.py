@@ -1,6 +1,6 @@
 "The site that `make docs` has built: pages in a browser, every link, search, and nothing from another host"
-import csv, functools, html, itertools, json, re, shutil, subprocess, threading, time
-from collections import defaultdict
+import csv, functools, itertools, json, re, shutil, subprocess, threading, time
+from collections import Counter, defaultdict
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
@@ -70,6 +70,7 @@ def test_nothing_is_loaded_from_another_host():
 def test_formulas_and_tables_are_drawn_and_directives_are_gone():
     text = (SITE/'nbs/01_loss/index.html').read_text(encoding='utf-8')
     assert text.count('<math') > 50 and 'arithmatex' not in text and '#| export' not in text
+    assert '<mi>log</mi><mspace' in text and not re.search(r'<mi>log</mi><m(i|sub|frac)\b', text), 'log x is written as logx'
     for page in PAGES:
         prose = re.sub(r'<(pre|code|script)\b.*?</\1>', '', (SITE/page/'index.html').read_text(encoding='utf-8'), flags=re.S)
         assert not re.search(r'\$[^$<>\n]+\$|^\| ?-+', prose, re.M), f'{page}: a formula or a table is left as it was typed'
@@ -85,6 +86,13 @@ def test_figures_name_the_stage_that_made_them():
     text = re.sub('<[^>]+>', '', (SITE/'figures/index.html').read_text(encoding='utf-8'))
     assert re.search(r'results/embedded/auroc.csv, made by the stage evaluate with the commit [0-9a-f]{7,} of \d{4}-\d\d-\d\d', text)
     assert len(re.findall('made by the stage', text)) >= len(list((ROOT/'paper/figures').rglob('*.pdf')))
+
+
+def test_the_paper_is_there_where_it_has_been_made():
+    made = ROOT/'paper/main.pdf'
+    known = 'paper/main.pdf' in [urljoin('/', address).lstrip('/') for _,_,address in links('').found]
+    assert known == (SITE/'paper/main.pdf').exists() == made.exists()
+    if known: assert (SITE/'paper/main.pdf').read_bytes()[:5] == b'%PDF-' and made.read_bytes() == (SITE/'paper/main.pdf').read_bytes()
 
 
 def test_the_search_index_finds_a_word_on_its_page():
@@ -181,9 +189,8 @@ NARROW = '[...document.querySelectorAll("math")].filter(x => !x.getBoundingClien
 
 
 def test_pages_open_without_an_error(browser, address):
-    "Some, since each reads the whole search index, and those that are like no other"
     wrong = defaultdict(list)
-    for page in sorted({'', 'decoders/', 'figures/', 'nbs/00_tour/', 'nbs/01_loss/', *PAGES[::8]}):
+    for page in PAGES:
         browser.open(address + page)
         wrong[page] += browser.complaints()
         asked = {e['request']['url'] for e in browser.of('Network.requestWillBeSent')}
@@ -232,7 +239,7 @@ def test_search_finds_in_the_browser(browser, address):
 def test_every_table_of_the_leaderboard_is_sorted_by_a_heading(browser, address):
     browser.open(f'{address}decoders/')
     tables = browser.run('[...document.querySelectorAll(".sortable")].map(t => [...t.tHead.rows[0].cells].map(x => x.textContent))')
-    assert len(tables) == 10 and all(heads[0] == 'decoder' for heads in tables)
+    assert len(tables) == len(boards()) and all(heads[0] == 'decoder' for heads in tables)
     for k,heads in enumerate(tables):
         table = f'document.querySelectorAll(".sortable")[{k}]'
         for n in range(1, len(heads)):
@@ -241,23 +248,120 @@ def test_every_table_of_the_leaderboard_is_sorted_by_a_heading(browser, address)
                 browser.run(f'{table}.querySelectorAll("th button")[{n}].click()')
                 values = browser.run(f'[...{table}.tBodies[0].rows].map(r => r.cells[{n}].dataset.value)')
                 numbers = [float(v) for v in values if v]
-                assert len(numbers) > 3 and numbers == sorted(numbers, reverse=largest_first), (k, heads[n])
+                assert numbers and numbers == sorted(numbers, reverse=largest_first), (k, heads[n])
                 assert values[len(numbers):] == ['']*(len(values) - len(numbers)), 'rows without a value stay last'
 
 
-def test_the_leaderboard_has_every_decoder_with_its_interval_and_commit():
-    text = (SITE/'decoders/index.html').read_text(encoding='utf-8')
-    parts = re.findall(r'<h2 id="[^"]*">(.+?)<a(.+?)(?=<h2|</article>)', text, re.S)
-    made = r'made with the commit <code>([0-9a-f]{7,})</code> of [0-9-]{10}\..*?<tbody>(.+?)</tbody>'
-    shown = [(head, found[1], found[2]) for head,part in parts if (found := re.search(made, part, re.S))]
-    assert len(shown) == 10
-    rows = {head: re.findall(r'<tr><td data-value="(.*?)">', body) for head,_,body in shown}
-    for profile,column,heading in (('full', 'method', 'Questions and open prompts: SmolLM2-135M'),
-                                   ('gemma', 'decoder', 'A fact inside fiction: Gemma-3-270M, pretrained only')):
-        file = ROOT/'results'/profile/('frontier.csv' if column == 'method' else 'rungs_gains.csv')
-        with file.open(encoding='utf-8') as f: known = {r[column] for r in csv.DictReader(f)}
-        assert known == {html.unescape(x) for x in rows[heading]}
-    r = next(r for r in csv.DictReader((ROOT/'results/full/frontier.csv').open(encoding='utf-8')) if r['method'] == 'judged, left out')
-    excess = {k: float(v) for k,v in r.items() if k.startswith('excess')}
-    said = '{excess:+.3f} <small>[{excess_lo:+.3f}, {excess_hi:+.3f}]</small>'.format(**excess)
-    assert said in shown[0][2]
+# the leaderboard, against the files of results
+
+MADE = r'([\w/.-]+), made with the commit [0-9a-f]{7,} of \d{4}-\d\d-\d\d\.'
+
+class Board(HTMLParser):
+    "The tables of the leaderboard: (heading, file of results, {decoder: {column: what is shown}})"
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.file, self.said = [], None, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag in ('h2', 'p', 'td', 'th'): self.said = []
+        if tag == 'tr': self.row = []
+        if tag == 'table': self.rows = []
+
+    def handle_data(self, data): self.said.append(data)
+
+    def handle_endtag(self, tag):
+        said = ''.join(self.said).strip()
+        if tag == 'h2': self.heading, self.file = said.removesuffix('¶'), None
+        elif tag == 'p' and (made := re.fullmatch(MADE, said)): self.file = made[1]
+        elif tag in ('td', 'th'): self.row.append(said)
+        elif tag == 'tr': self.rows.append(self.row)
+        elif tag == 'table':
+            heads, *rows = self.rows
+            self.tables.append((self.heading, self.file, {r[0]: dict(zip(heads, r, strict=True)) for r in rows}))
+
+
+@functools.cache
+def boards(): return Board((SITE/'decoders/index.html').read_text(encoding='utf-8').split('<article')[1].split('</article>')[0]).tables
+
+
+def rows(file):
+    with (ROOT/file).open(encoding='utf-8') as f: return list(csv.DictReader(f))
+
+
+def with_interval(mean, lo, hi, form='.3f'):
+    "What a cell shows of a number that may lack an interval, or be lacking"
+    shown = [format(float(x), form) for x in (mean, lo, hi) if x not in ('', None)]
+    return f'{shown[0]} [{shown[1]}, {shown[2]}]' if len(shown) == 3 else ''.join(shown)
+
+
+def of_board(file): return [table for _,found,table in boards() if found == file]
+
+
+GAINS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/'results').glob('*/rungs_gains.csv'))
+CONSTANT = 'static, min-p'
+
+
+def test_whatever_ranks_decoders_is_on_the_leaderboard():
+    "Every committed file of results of these kinds, and each of its tasks, under headings of their own, each with its commit"
+    committed = subprocess.check_output(['git', 'ls-files', 'results', 'benchmarks'], cwd=ROOT, text=True).split()
+    kinds = ('frontier.csv', 'ladder.json', 'evaluate.json', 'controls.json', 'benchmarks.json', 'public.json')
+    tasks = {file: len({r['task'] for r in rows(file)}) for file in GAINS if file in committed}
+    wanted = tasks | {file: 1 for file in committed if file.split('/')[-1] in kinds}
+    assert Counter(file for _,file,_ in boards()) == wanted and len({heading for heading,*_ in boards()}) == sum(wanted.values()) >= 19
+
+
+@pytest.mark.parametrize('file', GAINS)
+def test_every_gain_on_the_ladder_is_shown_with_its_interval(file):
+    tasks, seen = list(dict.fromkeys(r['task'] for r in rows(file))), 0
+    for task,table in zip(tasks, of_board(file), strict=True):
+        found = [r for r in rows(file) if r['task'] == task]
+        assert set(table) == {r['decoder'] for r in found if r['rival'] == CONSTANT} | {CONSTANT}
+        for r in found:
+            said = with_interval(r['gain'], r['lo'], r['hi'], '+.3f')
+            if r['rival'] == CONSTANT:
+                assert table[r['decoder']].get(f'above a constant, {r["at"]}', '') == said
+                assert table[r['decoder']].get(f'right answers, {r["at"]}', '') == with_interval(r['good'], '', '')
+            if r['decoder'] == 'by token': assert table[r['rival']].get(f'by token above it, {r["at"]}', '') == said
+            seen += said != ''
+    assert seen > 5
+
+
+@pytest.mark.parametrize('file', GAINS)
+def test_the_constant_is_as_often_right_as_its_own_answers_are(file):
+    "From the answers themselves, not from how far others lie above it"
+    folder = file.split('/')[1]
+    for task,table in zip(dict.fromkeys(r['task'] for r in rows(file)), of_board(file), strict=True):
+        parts = (folder, folder.replace('further', 'elsewhere')) if task == 'all places' else (folder,)
+        mine = [r for part in parts for r in rows(f'results/{part}/rungs.csv')
+                if r['decoder'] == CONSTANT and r['good'] and (task == 'all places' or r['task'] in task.split(' | '))]
+        for at in ('0.7', '1', '1.6'):
+            right = [float(r['good']) for r in mine if float(r['strength']) == float(at)]
+            assert float(table[CONSTANT][f'right answers, T = {at}']) == pytest.approx(sum(right)/len(right), abs=.0011), (task, at)
+
+
+def test_the_other_tables_have_every_decoder_with_its_interval():
+    for file in ('results/full/frontier.csv', 'results/embedded/frontier.csv'):
+        (table,) = of_board(file)
+        for r in rows(file):
+            assert table[r['method']]['above the constants'] == with_interval(r['excess'], r['excess_lo'], r['excess_hi'], '+.3f')
+            assert table[r['method']]['right answers'] == with_interval(r['accuracy'], r['lo'], r['hi'])
+        assert len(table) == len(rows(file))
+    interval = lambda d, form='.3f': with_interval(d['mean'], d['lo'], d['hi'], form) if d else ''
+    data = {file: json.loads((ROOT/file).read_text(encoding='utf-8')) for _,file,_ in boards() if file.endswith('.json')}
+    (public,), known = of_board('benchmarks/public.json'), data['benchmarks/public.json']['decoders']
+    assert public == {d['decoder']: {'decoder': d['decoder'], 'right answers': interval(d['right']), 'variety': interval(d['variety']),
+                                     'above the constants': interval(d['above'], '+.3f')} for d in known}
+    (asked,), known = of_board('results/embedded/benchmarks.json'), data['results/embedded/benchmarks.json']
+    assert asked == {m: {'decoder': m, 'right answers': interval(r['all']), 'the head above it': interval(known['against'].get(m), '+.3f')}
+                     for m,r in known['methods'].items()}
+    (text,), known = of_board('results/embedded/evaluate.json'), data['results/embedded/evaluate.json']['scores']
+    assert {m: {c: x for c,x in r.items() if c != 'decoder'} for m,r in text.items()} == {
+        m: {c: interval(found[m]['p_true']) for c,found in known.items()} for m in known['maths']}
+    (tuned,), known = of_board('results/embedded/controls.json'), data['results/embedded/controls.json']['gains']
+    assert {m: {c: x for c,x in r.items() if c != 'decoder'} for m,r in tuned.items()} == {
+        m: {c: interval(g['static'], '+.3f') for c,g in found.items()} for m,found in known.items()}
+    for file in ('results/embedded/ladder.json', 'results/gemma/ladder.json'):
+        (sets,) = of_board(file)
+        above = {k.removesuffix(f' over {CONSTANT}'): interval(d, '+.2f') for k,d in data[file]['gains'].items() if k.endswith(CONSTANT)}
+        assert len(above) > 7 and {m: r['above the constant'] for m,r in sets.items() if m in above} == above
