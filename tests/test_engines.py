@@ -12,7 +12,7 @@ from simpledeco.decode import attach
 from simpledeco.files import write_whole
 from simpledeco.fold import fold, RowTemperature
 from simpledeco.model import load_model, read_output
-from simpledeco.prepare import joined
+from simpledeco.prepare import joined, package_file
 from simpledeco.study.settings import load_profile
 from simpledeco.vllm import read_row
 
@@ -101,7 +101,7 @@ def test_llama_cpp(subject, texts):
     pytest.importorskip('llama_cpp', reason='run `make test-llama`')
     p = load_profile(subject.profile, ROOT)
     try:
-        with joined(p.model.removeprefix('package:'), p.sha256) as path: check_in_llama_cpp(subject, texts, path)
+        with joined([package_file(x) for x in p.model.removeprefix('package:').split()], p.sha256) as path: check_in_llama_cpp(subject, texts, path)
     except FileNotFoundError as e: pytest.skip(str(e))
 
 
