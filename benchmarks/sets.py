@@ -1,7 +1,7 @@
 """Valid sets again, with heads that have seen what is wanted: distinct valid answers in sixteen draws, exactly, as on the page of the
 ladder of oracles. *Taught* heads learn from valid names of other families of sets, each name a reference answer; the others from the
 model's own answers with nothing cut, some of them to other sets. Writes OUT.json, and beside it a CSV of every decoder on every prompt.
-Run, after `make rungs-further` and `make gemma-further`: make sets
+Run, after `make rungs-further`: make sets
 """
 import argparse, json, random
 from functools import partial

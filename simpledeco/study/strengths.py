@@ -8,7 +8,7 @@ that prompts about one country are one prompt."""
 # %% auto #0
 __all__ = ['LEARN', 'SHORT', 'LONG', 'BUDGET', 'PLACES', 'READ', 'plan', 'known', 'unread', 'measured', 'said', 'cluster',
            'points', 'clustered', 'good_at', 'mean_of', 'resamples', 'resampled', 'compared', 'verdicts', 'tree_of',
-           'p_value', 'holm', 'tuned', 'paired', 'exact_sets', 'oracle_ladder']
+           'curves_of', 'p_value', 'holm', 'tuned', 'paired', 'exact_sets', 'oracle_ladder']
 
 # %% ../../nbs/53_strengths.ipynb #strengths-imports
 import numpy as np
@@ -187,6 +187,17 @@ def tree_of(frame, *keys): # {key: {key: ... {column: number}}}, without numbers
     "The rows of a frame as nested dicts"
     if not keys: return {k: float(v) for k,v in frame.iloc[0].items() if not isinstance(v, str) and pd.notna(v)}
     return {k: tree_of(rows.drop(columns=keys[0]), *keys[1:]) for k,rows in frame.groupby(keys[0], sort=False)}
+
+# %% ../../nbs/53_strengths.ipynb #curves
+def curves_of(
+    frame:pd.DataFrame, # means of clusters, as the stage `rungs` writes them
+    tasks:dict, # {name: (task of the good, task of the varied)}
+)->pd.DataFrame: # task, decoder, strength, good, varied
+    "Each decoder at each strength, clusters and seeds in the mean"
+    mean = frame.groupby(['task', 'decoder', 'strength', 'cluster'])[['good', 'varied']].mean().groupby(level=[0, 1, 2]).mean()
+    there = set(frame.task)
+    found = {name: pd.concat([mean.good[g], mean.varied[v]], axis=1) for name,(g, v) in tasks.items() if {g, v} <= there}
+    return pd.concat(found, names=['task']).reset_index()
 
 # %% ../../nbs/53_strengths.ipynb #many
 def p_value(

@@ -5,12 +5,12 @@ model. At the end of this page you know where each of them comes from and how on
 
 # %% auto #0
 __all__ = ['dot', 'signed', 'named', 'ANSWERS', 'JUDGED', 'FEW', 'IN_FIGURE', 'ORACLES', 'LADDER', 'PAIRED', 'FRONT', 'TABLES',
-           'DETECTORS', 'FIGURES', 'interval', 'header', 'Drawn', 'score_table', 'contract_table', 'losses_table',
-           'corpora_table', 'controls_table', 'verdict_table', 'stability_table', 'settings_of', 'count_settings',
-           'settings_table', 'comparison_table', 'frontier_table', 'accuracy_table', 'against_table', 'search_table',
-           'benchmarks_table', 'detect_table', 'sentences_table', 'samples_table', 'decoders_table', 'oracle_rows',
-           'oracles_table', 'ladder_table', 'gain_cell', 'rungs_table', 'rungs_few_table', 'front_table', 'Figure',
-           'adaptive_contract', 'drawn', 'write_all']
+           'DETECTORS', 'CURVES', 'FIGURES', 'interval', 'header', 'Drawn', 'score_table', 'contract_table',
+           'losses_table', 'corpora_table', 'controls_table', 'verdict_table', 'stability_table', 'settings_of',
+           'count_settings', 'settings_table', 'comparison_table', 'frontier_table', 'accuracy_table', 'against_table',
+           'search_table', 'benchmarks_table', 'detect_table', 'sentences_table', 'samples_table', 'decoders_table',
+           'oracle_rows', 'oracles_table', 'ladder_table', 'gain_cell', 'rungs_table', 'rungs_few_table', 'front_table',
+           'Figure', 'adaptive_contract', 'drawn', 'write_all']
 
 # %% ../../nbs/19_tables.ipynb #tables-imports
 from collections.abc import Callable
@@ -23,10 +23,13 @@ import pandas as pd
 
 from .decoders import DECODERS
 from .paper import show_number, table_tex, tex_text
-from .plots import (plot_auroc, plot_contract, plot_cost, plot_decomposition,
+from .plan import TASKS
+from .plots import (plot_auroc, plot_contract, plot_cost, plot_curves, plot_decomposition,
                                     plot_efficiency, plot_frontier, plot_lethality, plot_losses, plot_rungs,
                                     plot_stability, plot_tradeoff, plot_v_curve, save)
 from .results import AGAIN, read_results, read_table
+from .rungs import RUNGS
+from .strengths import curves_of
 
 # %% ../../nbs/19_tables.ipynb #tables-show
 dot = lambda x: show_number(x).removeprefix('0')
@@ -45,10 +48,16 @@ class Drawn(NamedTuple):
     mix:list # the training corpora
     risk:float # the share of true tokens one accepts to lose
     def frame(self, name): return read_table(self.folder, name)
-    def gains(self): # of the ladder, and of what was asked again
+    def again(self, name): # a table of the ladder, and of what was asked again
         folders = [self.folder, *(self.folder.with_name(f'{self.folder.name}-{x}') for x in AGAIN)]
-        found = pd.concat([read_table(f, 'rungs_gains') for f in folders if (f/'rungs_gains.csv').exists()], ignore_index=True)
-        return found[~found.task.isin(AGAIN)] if 'all places' in set(found.task) else found # these are in it
+        return pd.concat([read_table(f, name) for f in folders if (f/f'{name}.csv').exists()], ignore_index=True)
+    def gains(self): # without the tasks that are in 'all places'
+        found = self.again('rungs_gains')
+        return found[~found.task.isin(AGAIN)] if 'all places' in set(found.task) else found
+    def curves(self): # of the ladder, with 'all places' in the place of its tasks
+        found = self.again('rungs')
+        of_all = found[found.task.isin(AGAIN)].assign(task='all places')
+        return curves_of(pd.concat([found[~found.task.isin(AGAIN)], of_all]), TASKS)
     @property
     def corpora(self): return list(self.numbers['evaluate']['scores'])
 
@@ -370,6 +379,8 @@ class Figure(NamedTuple):
 
 def adaptive_contract(c): return c.frame('contract')[lambda x: x.rows != 'static']
 
+CURVES = 'static, min-p', 'EDT', 'question mark', 'cross-entropy', 'by prompt', 'by token'
+
 FIGURES = dict(
     v_curve=Figure(('v_curve', 'reliability'),
                    lambda c: plot_v_curve(c.frame('v_curve'), c.frame('reliability'), c.risk)),
@@ -388,7 +399,8 @@ FIGURES = dict(
     front=Figure(('frontier',), lambda c: plot_frontier(c.frame('frontier'), few={m: FEW[m] for m in IN_FIGURE})),
     rungs=Figure(('rungs_gains',), lambda c: plot_rungs(c.gains(), {
         'by prompt': 'over by prompt', 'static, min-p': 'over a constant', 'question mark': 'over question mark',
-        'cross-entropy': 'over cross-entropy'}, 'T = 0.7')))
+        'cross-entropy': 'over cross-entropy'}, 'T = 0.7')),
+    curves=Figure(('rungs',), lambda c: plot_curves(c.curves(), {x: RUNGS[x] for x in CURVES})))
 
 # %% ../../nbs/19_tables.ipynb #tables-write
 def drawn(root, profile, mix, risk): # Drawn
