@@ -95,3 +95,9 @@ def test_a_failure_is_a_line_and_not_the_end(tmp_path, monkeypatch, capsys):
 def test_without_a_gpu_one_is_told_how_to_try_the_script(capsys):
     with pytest.raises(SystemExit): gpu.options([])
     assert 'finds no GPU here; try the script with --device cpu --tiny' in capsys.readouterr().err
+
+
+def test_a_cpu_adds_nothing_to_the_figures_of_gpus(capsys):
+    "Unless it is told a file"
+    with pytest.raises(SystemExit): gpu.options(['--device', 'cpu', '--tiny'])
+    assert 'name a file with --out: benchmarks/gpu.json is for what a GPU has found' in capsys.readouterr().err

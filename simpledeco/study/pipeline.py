@@ -7,8 +7,8 @@ typed by hand, and how one more profile is added."""
 # %% auto #0
 __all__ = ['MODEL', 'TOKENS', 'HEADS', 'AUTODECO', 'ANSWERS', 'JUDGED', 'DATA', 'PROMPTS', 'STAGES', 'ONLY_LONG', 'LONG',
            'PRINTED', 'OURS', 'METHODS', 'SUMMARY', 'PLOTS', 'imported', 'import_graph', 'reached', 'code_cells',
-           'parameters', 'Stage', 'made', 'modules', 'describe', 'figures', 'paper', 'summary', 'dvc_yaml', 'long_yaml',
-           'check_pipeline', 'run', 'stamp_run']
+           'parameters', 'Stage', 'beside', 'made', 'modules', 'describe', 'figures', 'paper', 'summary', 'dvc_yaml',
+           'long_yaml', 'check_pipeline', 'run', 'stamp_run']
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-imports
 import argparse, ast, json, subprocess, sys
@@ -112,6 +112,8 @@ LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontie
         **{p: ('model', 'rungs') for p in ('rungs', 'rungs-gpu', 'rungs-elsewhere', 'gemma-elsewhere', 'rungs-further', 'gemma-further')}}
 PRINTED = ('full', 'rungs', 'gemma') # the long profiles whose results stand in the paper, and those that asked again
 
+def beside(profile): return [*made('rungs'), 'results/embedded/ladder.json'] if profile == 'gemma' else [] # for the table of both models
+
 def made(profile): return [f'results/{p}/run.json' for p in LONG if p in (profile, *(f'{profile}-{x}' for x in AGAIN))]
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-modules
@@ -214,7 +216,7 @@ def dvc_yaml(root:Path)->str: # the content of dvc.yaml
     stages = {s.name: dict(foreach='${profiles}', do=describe(s, item, root, graph)) for s in STAGES}
     stages['figures'] = dict(foreach='${profiles}', do=figures(item, [f'results/{item}'], root, graph))
     stages['summary'] = _summary_stage(graph)
-    stages |= {f'figures_{p}': figures(p, made(p), root, graph) for p in PRINTED}
+    stages |= {f'figures_{p}': figures(p, made(p) + beside(p), root, graph) for p in PRINTED}
     plots = [{f'results/${{profiles[0]}}/{k}.csv': dict(x=x, y=y, template='scatter')}
              for k,(x,y) in PLOTS.items()]
     return _dump(dict(stages=stages | paper(root, graph), plots=plots))
