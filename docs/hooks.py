@@ -40,8 +40,8 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 # notebooks
 
 def pages(links):
-    "Links to notebooks become links to their pages"
-    return re.sub(r'\]\(([\w/]+)\.ipynb\)', r'](\1.md)', links)
+    "Links to notebooks become links to their pages, and what lies in docs/ is at the root of the site"
+    return re.sub(r'\]\(([\w/]+)\.ipynb\)', r'](\1.md)', links).replace('docs/token-page.png', 'token-page.png')
 
 
 def title(path): return nbformat.read(path, 4).cells[0].source.split('\n')[0].lstrip('# ')

@@ -17,7 +17,7 @@ class Browser:
         while not (said := self._address(profile/'DevToolsActivePort')):
             if self.process.poll() is not None: pytest.fail('Chromium does not start')
             time.sleep(.1)
-        self.socket = connect('ws://127.0.0.1:{}{}'.format(*said), suppress_origin=True, http_no_proxy=['*'], timeout=120)
+        self.socket = connect('ws://127.0.0.1:{}{}'.format(*said), suppress_origin=True, http_no_proxy=['*'], timeout=300)
         self.numbers, self.events, self.session = itertools.count(1), [], None
         target = self.send('Target.createTarget', url='about:blank')['targetId']
         self.session = self.send('Target.attachToTarget', targetId=target, flatten=True)['sessionId']

@@ -3,12 +3,15 @@ import json, re, sys
 
 import numpy as np
 import pytest, torch
+from matplotlib.text import Text
 from conftest import ROOT
 from test_cli import check_one_line, simpledeco
 
-from simpledeco import cli
+from simpledeco import cli, helps
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model
+from simpledeco.study.plots import COLOURS, look
+from simpledeco.study.rungs import RUNGS
 
 REAL, TINY = ROOT/'models/embedded', ROOT/'models/smoke'
 CAPITALS = dict(France='Paris', Italy='Rome', Spain='Madrid', Japan='Tokyo', Egypt='Cairo', Peru='Lima', Norway='Oslo', Cuba='Havana',
@@ -124,6 +127,30 @@ def test_what_is_printed(done):
         assert f'{row["decoder"]} {100*r["mean"]:.1f} [{100*r["lo"]:.1f}, {100*r["hi"]:.1f}] {row["variety"]["mean"]:.2f} [' in said
     assert max(map(len, done['said'].split('\n')[4:-2])) <= 80, 'the table fits a terminal'
     assert (done['work']/'out/compare.png').read_bytes()[:4] == b'\x89PNG'
+
+
+STUDY = {helps.HEAD: 'judged, left out', f'{helps.HEAD}, by prompt': 'judged, by prompt', helps.FIRST: 'judged, left out: first token',
+         'switch, T = 1': 'question mark, T = 1', 'switch, T = 1.5': 'question mark, T = 1.5'}
+
+def test_a_decoder_looks_as_in_the_figures_of_the_study():
+    for name,row in STUDY.items(): assert helps.mark(name) == look(row), name
+    assert helps.mark(helps.HEAD, by_prompt=True) == look('judged, by prompt')
+    general = RUNGS['question mark'] # the study has no switch at .5
+    assert helps.mark('switch, T = 0.5') == dict(marker=general.mark, color=COLOURS[general.family], mfc='w')
+    assert helps.COLOURS == {k: COLOURS[k] for k in helps.COLOURS} and helps.mark('greedy')['color'] == COLOURS['static']
+
+
+def test_every_name_stands_beside_the_picture_without_a_legend(done):
+    fig = helps.drawn(done['found'])
+    (ax,), rows = fig.axes, {r['decoder']: r for r in done['found']['decoders']}
+    assert sorted(t.get_text() for t in ax.texts) == sorted(rows) and ax.get_legend() is None
+    for t in ax.texts:
+        assert t.xy == (rows[t.get_text()]['variety']['mean'], 100*rows[t.get_text()]['right']['mean'])
+    fig.draw_without_rendering()
+    boxes = [Text.get_window_extent(t) for t in ax.texts] # without their lines
+    edges = sorted((b.y0, b.y1) for b in boxes)
+    assert all(a[1] <= b[0] for a,b in zip(edges, edges[1:])), 'two names lie on each other'
+    assert all(b.x0 > ax.get_window_extent().x1 and b.x1 <= fig.bbox.x1 for b in boxes)
 
 
 def test_without_matplotlib_there_is_no_picture_and_one_line_says_so(done, monkeypatch, tmp_path):

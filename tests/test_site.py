@@ -95,6 +95,13 @@ def test_the_paper_is_there_where_it_has_been_made():
     if known: assert (SITE/'paper/main.pdf').read_bytes()[:5] == b'%PDF-' and made.read_bytes() == (SITE/'paper/main.pdf').read_bytes()
 
 
+def test_the_token_page_is_shown_on_the_front_page_and_on_its_own():
+    picture = (SITE/'token-page.png').read_bytes()
+    assert picture == (ROOT/'docs/token-page.png').read_bytes() and picture[:4] == b'\x89PNG' and len(picture) < 100_000
+    for page,address in (('', 'token-page.png'), ('nbs/32_look/', '../../token-page.png')):
+        assert ('img', 'src', address) in links(page).found, page
+
+
 def test_the_search_index_finds_a_word_on_its_page():
     docs = json.loads((SITE/'search/search_index.json').read_text(encoding='utf-8'))['docs']
     where = {d['location'].partition('#')[0] for d in docs if 'nucleus' in d['text']}
@@ -115,7 +122,7 @@ class Browser:
         self.until(lambda: port.exists() and port.read_text().count('\n'), 'Chromium did not start')
         with urlopen(f'http://127.0.0.1:{port.read_text().splitlines()[0]}/json') as f:
             tab = next(t for t in json.load(f) if t['type'] == 'page')
-        self.socket = websocket.create_connection(tab['webSocketDebuggerUrl'], timeout=60)
+        self.socket = websocket.create_connection(tab['webSocketDebuggerUrl'], timeout=300)
         self.numbers, self.events = itertools.count(1), []
         for domain in ('Page', 'Runtime', 'Log', 'Network'): self.send(f'{domain}.enable')
 
