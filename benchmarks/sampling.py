@@ -11,8 +11,13 @@ vocabulary, the draws, the cache, and the last steps, where not all rows are tak
 texts as there are rows; an answer that ends makes room for the next. Texts that agree so far are one row, so it can be
 faster than the bare pass; *read* is how many rows the model read for each token that was written.
 
+*One rule* is the call that `on_policy` makes: one rule, two answers to each prompt. There is less to share.
+
 Both take turns, and what is compared is tokens a second. The parts are shares of the seconds of one call, as
-torch.profiler sees them.
+torch.profiler sees them. In the end no text waits, and rows that end stay empty: *rows_a_step* is how many rows the
+model read in a step, in the mean of all steps, *tail* the share of the seconds that came after the last prompt, and
+*reading* that in which the model read prompts, by the clock. Of one rule the clock says enough: its many prompts are too
+much for the profiler's memory.
 
 All rules draw with the same noise, and a comparison of two is free of the luck that they share. How much that is: each of
 two rules writes the answers twice, with two seeds. The difference of the two in one seed has the same noise on both sides,
@@ -42,6 +47,7 @@ NEW, SAMPLES, ROUNDS = 24, 4, {16: 8, 64: 6, 192: 4} # tokens of a text; texts o
 STAGES = {'sample: prompt': 'reading the prompts', 'sample: vocabulary': 'vocabulary', 'sample: cache': 'cache'}
 OPERATIONS = {'aten::linear': 'matrix products', 'aten::scaled_dot_product_attention': 'attention'}
 PAIRS = ('T = 0.7', 'T = 1'), ('T = 1', 'T = 1.5') # rules whose difference is taken
+ALONE = {128: 3} # rows and pairs for one rule: `sample` takes so many rows where nothing is said
 EACH = 20 # questions of each corpus for that, and half as many as the open prompts
 PARTS = (*OPERATIONS.values(), 'rest of the model', 'vocabulary', 'cache', 'reading the prompts')
 
@@ -59,12 +65,17 @@ def subject(name='embedded'):
     p = load_profile(name, ROOT)
     model, tokenizer = load_model(model_folder(name))
     prompts = [x['messages'] for x in profile_prompts(p, 4, ['train'])]
-    return SimpleNamespace(profile=p, model=model, tokenizer=tokenizer, prompts=prompts, rules=decoders(model))
+    return SimpleNamespace(profile=p, model=model, tokenizer=tokenizer, prompts=prompts, rules=decoders(model), samples=SAMPLES)
+
+
+def alone(m):
+    "The same with one rule and two answers to a prompt, as `on_policy` samples"
+    return SimpleNamespace(**vars(m) | dict(rules={'T = 1': m.rules['T = 1']}, samples=2))
 
 
 def asked(m, rows, i):
     "The prompts of round i: enough for twice as many texts as there are rows"
-    n = -(-2*rows//(SAMPLES*len(m.rules)))
+    n = -(-2*rows//(m.samples*len(m.rules)))
     return [m.prompts[(i*n + k) % len(m.prompts)] for k in range(n)]
 
 
@@ -89,16 +100,30 @@ def bare(m, rows, i):
 def ours(m, rows, i):
     "Seconds a token of `sample`"
     start = time.perf_counter()
-    found = sample(m.model, m.tokenizer, asked(m, rows, i), m.rules, SAMPLES, NEW, i, rows, progress=False)
+    found = sample(m.model, m.tokenizer, asked(m, rows, i), m.rules, m.samples, NEW, i, rows, progress=False)
     return (time.perf_counter() - start)/sum(len(a.tokens) for x in found.values() for group in x for a in group)
 
 
 def read(m, rows):
     "Rows that the model reads for each token that is written"
-    found = sample(m.model, m.tokenizer, asked(m, rows, 0), m.rules, SAMPLES, NEW, 0, rows, progress=False)
+    found = sample(m.model, m.tokenizer, asked(m, rows, 0), m.rules, m.samples, NEW, 0, rows, progress=False)
     written = [[a.tokens for x in found.values() for a in x[i]] for i in range(len(asked(m, rows, 0)))]
     begun = sum(len({tuple(t[:k]) for t in texts for k in range(1, len(t))}) for texts in written)
     return (begun + len(written))/sum(len(t) for texts in written for t in texts)
+
+
+def occupied(m, rows):
+    "Of one call: steps, mean number of rows that the model reads in a step, share of the seconds after the last prompt and in prompts"
+    seen, begin = [], time.perf_counter()
+    note = lambda module, args, inputs, *_: seen.append((*inputs['input_ids'].shape, time.perf_counter()))
+    hooks = m.model.register_forward_pre_hook(note, with_kwargs=True), m.model.register_forward_hook(note, with_kwargs=True)
+    try: ours(m, rows, 0)
+    finally:
+        for hook in hooks: hook.remove()
+    passes, whole = list(zip(seen[::2], seen[1::2])), time.perf_counter() - begin # each begins and ends
+    steps, last = [n for (n,length,_),_ in passes if length == 1], max(at for _,(_,length,at) in passes if length > 1)
+    reading = sum(end - start for (_,length,start),(_,_,end) in passes if length > 1)
+    return dict(steps=len(steps), rows_a_step=np.mean(steps), tail=(begin + whole - last)/whole, reading=reading/whole)
 
 
 def speed(m, rows, rounds, methods=(bare, ours)):
@@ -129,7 +154,7 @@ def parts(m, rows):
 def scored(m, prompts, length, score):
     "What the answers to each prompt are worth, of the rules in PAIRS and two seeds: {rule: [2, P]}"
     rules = {name: m.rules[name] for pair in PAIRS for name in pair}
-    found = [sample(m.model, m.tokenizer, [x['messages'] for x in prompts], rules, SAMPLES, length, seed, progress=False)
+    found = [sample(m.model, m.tokenizer, [x['messages'] for x in prompts], rules, m.samples, length, seed, progress=False)
              for seed in (0, 1)]
     return {name: np.array([[score(x, answers) for x,answers in zip(prompts, f[name])] for f in found]) for name in rules}
 
@@ -172,11 +197,13 @@ def intervals(m):
 
 
 def measurements(m):
-    "(name, result) for each number of rows, and for each pair of rules"
-    for rows,rounds in ROUNDS.items():
-        pairs = speed(m, rows, rounds)
-        speeds = dict(zip(('bare_tokens_per_second', 'tokens_per_second'), 1/np.median(pairs, 0)))
-        yield f'sampling / bare, {rows} rows', compared(pairs)[0] | dict(at_least=.8, **speeds, read=read(m, rows), parts=parts(m, rows))
+    "(name, result) for each number of rows, for one rule alone, and for each pair of rules"
+    for what,call,wanted in (('', m, ROUNDS), ('one rule, ', alone(m), ALONE)):
+        for rows,rounds in wanted.items():
+            pairs = speed(call, rows, rounds)
+            speeds = dict(zip(('bare_tokens_per_second', 'tokens_per_second'), 1/np.median(pairs, 0)))
+            found = compared(pairs)[0] | dict(at_least=.8, **speeds, read=read(call, rows), **occupied(call, rows))
+            yield f'sampling / bare, {what}{rows} rows', found | (dict(parts=parts(call, rows)) if call is m else {})
     for name,found in intervals(m): yield f'interval with shared / own noise, {name}', found
 
 

@@ -121,6 +121,12 @@ def test_every_figure_that_is_committed_has_its_limit():
     for name,x in shown: assert 'why' in x or report.verdict(x), name
 
 
+def test_no_measurement_that_is_committed_is_left_out_of_the_table():
+    "A figure without an interval would have no row"
+    for file,found in report.read(ROOT/'benchmarks').items():
+        for name,x in found.items(): assert not isinstance(x, dict) or list(report.figures({name: x})), f'{file}: {name}'
+
+
 def test_turns_are_taken_and_compared():
     order, now = [], iter(range(100))
     pairs = run.turns(lambda i: order.append(f'a{i}'), lambda i: order.append(f'b{i}'), 3, clock=lambda: next(now))
@@ -159,6 +165,15 @@ def test_every_part_of_sampling_has_its_share(subject, monkeypatch):
     seconds = sampling.speed(subject, 16, 2)
     assert seconds.shape == (2, 2) and (seconds > 0).all()
     assert 0 < sampling.read(subject, 16) < 2
+
+
+def test_the_rows_of_all_steps_are_those_that_the_texts_need(subject, monkeypatch):
+    "Counted at the model, against the beginnings of the texts; and so for one rule, where there is less to share"
+    monkeypatch.setattr(sampling, 'NEW', 4)
+    for call,texts,prompts in ((subject, 32, 1), (sampling.alone(subject), 32, 16)):
+        found = sampling.occupied(call, 16)
+        assert found['steps']*found['rows_a_step'] == pytest.approx(sampling.read(call, 16)*4*texts - prompts)
+        assert found['steps'] >= 3 and 0 < found['tail'] and 0 < found['reading'] < 1 - found['tail']
 
 
 def test_widths_are_those_of_the_mean():

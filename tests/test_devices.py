@@ -13,7 +13,7 @@ DEVICES = ['cpu'] + ['cuda']*torch.cuda.is_available()
 
 def table_on(folder, device, dtype):
     model, tokenizer = load_model(ROOT/'models/smoke', dtype, device)
-    return scan(model, tokenizer, load_examples(ROOT, 2), folder, progress=False)
+    return scan(model, tokenizer, load_examples(ROOT, 2, ['arithmetic', 'chat', 'facts']), folder, progress=False)
 
 
 @pytest.mark.parametrize('device', DEVICES)
