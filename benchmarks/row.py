@@ -95,6 +95,6 @@ if __name__ == '__main__':
         results |= {f'{library}_version': module.__version__, f'{library}_load_before': os.getloadavg()[0]}
         with tempfile.TemporaryDirectory() as tmp:
             for batch,found in measure(library, Path(tmp)):
-                results[f'{library}, row, batch {batch}'] = found | dict(at_least=.99)
+                results[f'135M, {library}, row, batch {batch}'] = found | dict(at_least=.99)
                 print(f'{library}, batch {batch}:', '  '.join(f'{k} {round(v, 3)}' for k,v in found.items()), flush=True)
                 write_whole(FILE, lambda file: file.write_text(json.dumps(results, indent=1) + '\n'))
