@@ -88,7 +88,7 @@ def benchmark_numbers(
 )->dict: # {'benchmarks:public.decoders.greedy.right.mean': value, ...}
     "The numbers of benchmarks; a list of decoders is read by their names"
     read = lambda name: json.loads((Path(root)/f'benchmarks/{name}.json').read_text(encoding='utf-8'))
-    named = lambda x: {d['decoder']: d for d in x} if isinstance(x, list) and 'decoder' in x[0] else x
+    named = lambda x: {d['decoder']: d for d in x} if isinstance(x, list) and x and 'decoder' in x[0] else x
     return {k: v for name in names
             for k,v in flatten({f'benchmarks:{name}.{x}': named(v) for x,v in read(name).items()}).items()}
 
