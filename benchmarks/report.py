@@ -10,6 +10,7 @@ from pathlib import Path
 FILES = {'results': 'Speed of the first over that of the second',
          'sampling': 'Sampling: speed over the bare forward pass, and widths of intervals',
          'growth': 'Growth: exponents of time and memory',
+         'page': 'The token page: exponents of time over the tokens of its answer (python benchmarks/page.py)',
          'decode': 'Speed with a head over a static temperature, with vLLM (make bench-vllm)',
          'vocabulary': 'At two vocabularies, on real models (make bench-gemma)',
          'row': 'Speed of a folded model with its processor over static min-p (make bench-vllm)',

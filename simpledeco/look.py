@@ -137,7 +137,8 @@ STYLE = '''<style>
 .sd-t:hover, .sd-t:focus { outline: 2px solid }
 .sd-t:hover::after, .sd-t:focus::after { content: attr(data-why); position: fixed; left: 1rem; bottom: 1rem; z-index: 9;
   max-width: calc(100vw - 4rem); max-height: calc(100vh - 4rem); overflow: auto; padding: .6rem .8rem; box-sizing: border-box;
-  font: 14px/1.5 system-ui, sans-serif; white-space: pre-wrap; background: Canvas; color: CanvasText; border: 1px solid }
+  font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; white-space: pre-wrap;
+  background: Canvas; color: CanvasText; border: 1px solid }
 </style>'''
 
 # %% ../nbs/32_look.ipynb #view-why-text
@@ -145,10 +146,11 @@ def _name(token): return 'part of a character' if '\ufffd' in token else repr(to
 
 def _why(x):
     "The reasons for the temperature of one token, in lines"
-    more = x['count'] - len(x['candidates'])
-    lines = [f'temperature {x["temperature"]:.2f}', f'gap {x["gap"]:.2f} nats, rank {x["rank"]}',
-             f'needs {x["needed"]:.2f}: {"kept" if x["kept"] else "cut"}', f'candidates: {x["count"]}',
-             *(f'{p:6.1%}  {_name(s)}' for s,p in x['candidates'])]
+    T, more = x['temperature'], x['count'] - len(x['candidates'])
+    at_one = [math.exp(z - x['top'][0] - x['log_z']) for z in x['top']]
+    lines = [f'temperature {T:.2f}', f'gap {x["gap"]:.2f} nats, rank {x["rank"]}',
+             f'needs {x["needed"]:.2f}: {"kept" if x["kept"] else "cut"}', f'candidates: {x["count"]}, at T = {T:.2f} and at T = 1',
+             *(f'{p:6.1%}  {one:6.1%}  {_name(s)}' for (s, p),one in zip(x['candidates'], at_one))]
     return '\n'.join(lines + [f'and {more} more']*bool(more))
 
 # %% ../nbs/32_look.ipynb #view-escape

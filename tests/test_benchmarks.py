@@ -2,10 +2,11 @@
 import json, math, sys, tempfile
 
 import numpy as np, pytest, torch
+from browser import CHROMIUM
 from conftest import ROOT, run as command
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
-import growth, report, row, run, sampling
+import growth, page, report, row, run, sampling
 
 
 def figure(value, lo, hi, **more): return dict(ratio=value, lo=lo, hi=hi, **more)
@@ -202,3 +203,14 @@ def test_intervals_are_compared_on_questions_and_on_open_prompts(subject, monkey
     assert list(found) == [f'{what}, {a} and {b}' for what in ('accuracy', 'variety') for a,b in sampling.PAIRS]
     assert found['accuracy, T = 0.7 and T = 1']['prompts'] == 15
     assert 0 < found['variety, T = 0.7 and T = 1']['ratio'] < 1.5
+
+
+def test_the_work_on_a_token_page_is_measured_in_a_browser(monkeypatch):
+    if CHROMIUM is None: pytest.skip('there is no Chromium here')
+    monkeypatch.setattr(page, 'WHOLE', 80)
+    found = page.measure(sizes=(60, 1100), rounds=2)
+    assert {k: v.shape for k,v in found.items()} == {'report': (2, 1), **{k: (2, 2) for k in ('page', 'opened', 'slider', 'key', 'bytes')}}
+    assert all((v > 0).all() for v in found.values()) and (found['bytes'][:, 1] > 5*found['bytes'][:, 0]).all()
+    shown = page.figures((60, 1100), found['page'])
+    assert shown['times'][0] == 1 < shown['times'][1] and shown['growth']['at_most'] == 1 + growth.SLACK
+    assert shown['growth']['exponent'] == pytest.approx(np.log(shown['times'][1])/np.log(1100/60), abs=.1)

@@ -1,5 +1,5 @@
 "The page that `inspect` writes, in a real browser: the same numbers as in Python, with a keyboard, on a phone, in the dark"
-import random, re
+import html, random, re
 from functools import cache
 from types import SimpleNamespace
 
@@ -282,6 +282,45 @@ def test_a_thousand_tokens_are_a_small_page(browser, tmp_path):
     some = f"{TOKENS}.some(x => {{ x.focus(); return document.getElementById('sd-box').textContent.includes('64 or more') }})"
     assert browser.js(some), 'no token has more candidates than a page has room for'
     assert not browser.errors()
+
+
+def test_ten_thousand_tokens_can_still_be_read(browser, report, tmp_path):
+    "More than the model reads at once: the rows of an answer again and again, below a prompt as long"
+    some = report('and so on, '*40, scale=1.3)
+    many = [x for _ in range(10_000//len(some) + 1) for x in some][:10_000]
+    page = token_page(dict(head=many, static=some), 'Go <b>on</b> '*4000, 'SmolLM2', .1, 1.3)
+    (tmp_path/'page.html').write_text(page, encoding='utf-8')
+    browser.window(390, 844)
+    browser.open(f'file://{tmp_path}/page.html')
+    assert len(page.encode()) < 2e7 and browser.js(f'{TOKENS}.length') == 10_000 + len(some)
+    assert browser.js('document.documentElement.scrollWidth') <= 390
+    said = lambda: browser.js("document.getElementById('sd-box').textContent")
+    browser.js(f'{TOKENS}[0].focus()')
+    for key,at in (('End', 9_999), ('ArrowLeft', 9_998), ('ArrowUp', None), ('Home', 0)):
+        browser.key(key)
+        now = browser.js(ACTIVE)
+        assert now == at if at is not None else 9_900 < now < 9_998
+        assert f'gap {many[now]["gap"]:.2f} nats' in said() and browser.js(OPEN)
+    browser.js("(x => { x.value = 2; x.dispatchEvent(new Event('input')) })(document.getElementById('sd-scale'))")
+    assert f'temperature {2*many[0]["own"]:.2f}' in said()
+    mean = sum(2*x['own'] for x in many)/len(many)
+    assert re.match(rf'10000 tokens, mean temperature {mean:.2f}, \d+ cut', browser.js("document.querySelector('.sd-sum').textContent"))
+    assert not browser.errors()
+
+
+def test_in_a_notebook_the_box_has_the_probabilities_at_1_too(report):
+    for said,kw in ((SAID, {}), (SAID, dict(scale=.4)), (BESIDE, dict(temperature=1.2))):
+        boxes = re.findall(r'data-why="(.*?)" style', TokenView(report(said, **kw), ASK, .1)._repr_html_())
+        plain = [x for g in TokenView(report(said, temperature=1., min_p=1e-9), ASK, .1).groups() for x in g]
+        shown = [box for text in boxes for box in re.split(r'\n(?=temperature )', html.unescape(text))]
+        for box,x,one in zip(shown, report(said, **kw), plain, strict=True):
+            head, *rows = [line for line in box.split('\n')[3:] if not line.startswith('and ')]
+            assert head == f'candidates: {x["count"]}, at T = {x["temperature"]:.2f} and at T = 1' and len(rows) == len(x['candidates'])
+            for row,(name,p),(same,q) in zip(rows, x['candidates'], one['candidates']):
+                now, then, called = row.split(maxsplit=2)
+                assert name == same and (called == repr(name) or '\ufffd' in name)
+                check_percent(now, p)
+                check_percent(then, q)
 
 
 def by_definition(tokenizer, ids):
