@@ -7,6 +7,7 @@ from conftest import ROOT, run as command
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
 import growth, page, report, row, run, sampling
+import cost, growth, report, run, sampling, vocabulary
 
 
 def figure(value, lo, hi, **more): return dict(ratio=value, lo=lo, hi=hi, **more)
@@ -140,6 +141,14 @@ def test_training_is_compared_by_tokens():
     found = run.training(300, rounds=2, steps=2)
     assert 0 < found['lo'] <= found['ratio'] <= found['hi'] and found['at_least'] == 1000
     assert found['ours_tokens_per_second'] > 0 < found['theirs_tokens_per_second']
+
+
+def test_a_model_is_measured_at_its_own_vocabulary_and_width(monkeypatch):
+    monkeypatch.setattr(cost, 'HIDDEN', cost.HIDDEN) # it is put back at the end
+    found = dict(vocabulary.parts('smoke', 1, 1))
+    assert (found['vocabulary'], found['hidden_size'], cost.HIDDEN) == (49152, 32, 32)
+    assert found['training']['vocabulary'] == 49152 and len(list(report.figures(found))) == 4
+    assert all(0 < x['lo'] <= x['ratio'] <= x['hi'] for _,x in report.figures(found))
 
 
 @pytest.fixture(scope='module')
