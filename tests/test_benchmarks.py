@@ -6,8 +6,7 @@ from browser import CHROMIUM
 from conftest import ROOT, run as command
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
-import growth, page, report, row, run, sampling
-import cost, growth, report, run, sampling, vocabulary
+import cost, growth, page, report, row, run, sampling, vocabulary
 
 
 def figure(value, lo, hi, **more): return dict(ratio=value, lo=lo, hi=hi, **more)
