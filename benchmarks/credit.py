@@ -82,7 +82,8 @@ if __name__ == '__main__':
             frames.append(points(tokenizer, task, prompts, answers, s))
     found = verdicts(pd.concat(frames), TASKS, PAIRS, AT, bootstrap=params['bootstrap'], seed=params['seed'])
     wrong = ~right[example]
-    write = dict(profile=p.name, seeds=p.seeds, seen=credit, credit_of_wrong=float(U[wrong].mean()), gains=tree_of(found, 'task', 'at', 'decoder', 'rival'))
+    write = dict(profile=p.name, seeds=p.seeds, seen=credit, credit_of_wrong=float(U[wrong].mean()),
+                 gains=tree_of(found, 'task', 'at', 'decoder', 'rival'))
     args.out.write_text(json.dumps(write, indent=1) + '\n')
     pd.concat(frames[1:]).groupby(['task', 'decoder', 'strength', 'seed', 'cluster'], sort=False)[['good', 'varied']].mean().to_csv(
         args.out.with_suffix('.csv'), float_format='%.5g')
