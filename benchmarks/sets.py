@@ -89,7 +89,8 @@ def compared(frames, oracles, **how): # the test frame, each decoder at the stre
     best = tuned(frames['calibration'])
     test = frames['test']
     ours = [d for d in best.index if d != BASE]
-    pairs = [(d, BASE) for d in ours] + [(f'{k} by token', f'{k} {x}') for k in ('own', 'taught') for x in ('by prompt', 'first token', 'cross-entropy')]
+    rivals = 'by prompt', 'first token', 'cross-entropy'
+    pairs = [(d, BASE) for d in ours] + [(f'{k} by token', f'{k} {x}') for k in ('own', 'taught') for x in rivals]
     found = paired(test, best, pairs, **how)
     at = test[[s == best[d] for d,s in zip(test.decoder, test.strength)]].groupby('decoder')
     ceiling = oracle_ladder(oracles['test'].groupby('cluster')[[*ORACLES, 'token', 'mask']].mean(), ORACLES, **how)

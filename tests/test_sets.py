@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT/'benchmarks'))
 import credit, many, sets
 
 p = load_profile('rungs-further', ROOT)
+RIVALS = 'by prompt', 'first token', 'cross-entropy'
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +40,7 @@ def test_sets_are_compared_at_the_strengths_of_other_sets():
     def frame(best):
         return pd.DataFrame([dict(decoder=d, strength=s, seed=0, cluster=str(c), prompt=c, varied=g + (s == best)*1., valid=.5)
                              for d,g in {sets.BASE: 0., 'own by token': .5, 'taught by token': 1.,
-                                         **{f'{k} {x}': .25 for k in ('own', 'taught') for x in ('by prompt', 'first token', 'cross-entropy')}}.items()
+                                         **{f'{k} {x}': .25 for k in ('own', 'taught') for x in RIVALS}}.items()
                              for s in (1., 2.) for c in range(6)])
     oracles = pd.DataFrame([dict(cluster=str(c), token=3., mask=5.) | {k: 1. for k in sets.ORACLES} for c in range(6)])
     found = sets.compared(dict(calibration=frame(1.), test=frame(2.)), dict(test=oracles), bootstrap=20, seed=0)
