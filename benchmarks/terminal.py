@@ -2,7 +2,7 @@
 that can be asked, scanned, asked, and given a head. Writes benchmarks/terminal.json: the commands with what they printed.
 Run: make bench-gemma
 """
-import json, re, shlex, subprocess, sys, tempfile
+import json, shlex, subprocess, sys, tempfile
 from pathlib import Path
 
 from run import commit, ROOT
@@ -31,7 +31,8 @@ def conversation(*texts, **more):
 
 def said(command, folder):
     "What a command prints to both streams, the last state of each progress bar without its times"
-    done = subprocess.run([Path(sys.executable).parent/'simpledeco', *shlex.split(command)], cwd=folder, text=True, capture_output=True)
+    done = subprocess.run([Path(sys.executable).parent/'simpledeco', *shlex.split(command)], cwd=folder,
+                          text=True, capture_output=True)
     if done.returncode: sys.exit(f'terminal.py: simpledeco {command}: {done.stderr}')
     lines = [line.split('\r')[-1].rstrip() for line in (done.stderr + done.stdout).split('\n')]
     return '\n'.join(x for x in lines if x and '%|' not in x)

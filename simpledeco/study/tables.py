@@ -348,7 +348,8 @@ def claims_table(c):
         found = {m: f[(f.task == task) & (f['at'] == at) & (f.decoder == decoder) & (f.rival == rival)] for m,f in both.items()}
         holds = [m for m,f in found.items() if WORDS[word](f.iloc[0])]
         said = f'{NAMES.get(decoder, decoder)} {word} {NAMES.get(rival, rival)}'
-        rows.append([task, named(at), said, *map(gain_cell, found.values()), 'both' if len(holds) == len(both) else ''.join(holds) or 'neither'])
+        where = 'both' if len(holds) == len(both) else ''.join(holds) or 'neither'
+        rows.append([task, named(at), said, *map(gain_cell, found.values()), where])
         if len(rows) > 1 and rows[-2][0] != task: rows.insert(-1, None)
     return table_tex(['task', 'variety', 'claim', *both, 'holds on'], rows, 'l'*6)
 
