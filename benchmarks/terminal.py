@@ -1,8 +1,8 @@
-"""The command line on a file of llama.cpp that holds a base model: what page 25b shows. Gemma-3-270M is joined of its packages, made a model
-that can be asked, scanned, asked, and given a head. Writes benchmarks/terminal.json: the commands with what they printed.
+"""The command line on a file of llama.cpp that holds a base model: what page 25b shows. Gemma-3-270M is joined of its packages, made a
+model that can be asked, scanned, asked, and given a head. Writes benchmarks/terminal.json: the commands with what they printed.
 Run: make bench-gemma
 """
-import json, re, shlex, subprocess, sys, tempfile
+import json, shlex, subprocess, sys, tempfile
 from pathlib import Path
 
 from run import commit, ROOT
@@ -31,7 +31,8 @@ def conversation(*texts, **more):
 
 def said(command, folder):
     "What a command prints to both streams, the last state of each progress bar without its times"
-    done = subprocess.run([Path(sys.executable).parent/'simpledeco', *shlex.split(command)], cwd=folder, text=True, capture_output=True)
+    done = subprocess.run([Path(sys.executable).parent/'simpledeco', *shlex.split(command)], cwd=folder,
+                          text=True, capture_output=True)
     if done.returncode: sys.exit(f'terminal.py: simpledeco {command}: {done.stderr}')
     lines = [line.split('\r')[-1].rstrip() for line in (done.stderr + done.stdout).split('\n')]
     return '\n'.join(x for x in lines if x and '%|' not in x)
@@ -47,6 +48,6 @@ if __name__ == '__main__':
         write_lines(folder/'questions.jsonl', [conversation(f'What is {a} + {b}?', answer=str(a + b)) for a,b in SUMS]
                     + [conversation(f'Write a sentence about {x}.') for x in ('snow', 'a street', 'the sea', 'a loaf of bread')])
         found = [dict(command=f'simpledeco {x}', output=said(x, folder)) for x in COMMANDS]
-    write = dict(commit=commit(), model=p.model.split('/')[-1], sha256=p.sha256, commands=found)
+    write = dict(commit=commit(), model=file.name, sha256=p.sha256, commands=found)
     (ROOT/'benchmarks/terminal.json').write_text(json.dumps(write, indent=1) + '\n')
     for x in found: print(f'$ {x["command"]}\n{x["output"]}\n')

@@ -6,7 +6,7 @@ from browser import CHROMIUM
 from conftest import ROOT, run as command
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
-import cost, growth, page, report, row, run, sampling, vocabulary
+import cost, growth, page, report, row, run, sampling, terminal, vocabulary
 
 
 def figure(value, lo, hi, **more): return dict(ratio=value, lo=lo, hi=hi, **more)
@@ -148,6 +148,12 @@ def test_a_model_is_measured_at_its_own_vocabulary_and_width(monkeypatch):
     assert (found['vocabulary'], found['hidden_size'], cost.HIDDEN) == (49152, 32, 32)
     assert found['training']['vocabulary'] == 49152 and len(list(report.figures(found))) == 4
     assert all(0 < x['lo'] <= x['ratio'] <= x['hi'] for _,x in report.figures(found))
+
+
+def test_the_recorded_commands_are_those_of_the_script():
+    found = json.loads((ROOT/'benchmarks/terminal.json').read_text())
+    assert [x['command'] for x in found['commands']] == [f'simpledeco {x}' for x in terminal.COMMANDS]
+    assert all(x['output'] for x in found['commands'])
 
 
 @pytest.fixture(scope='module')
