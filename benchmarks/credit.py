@@ -71,8 +71,12 @@ if __name__ == '__main__':
     some = between(examples)
     counted = continued(model, tokenizer, [examples[i] for i in some], p.answer_tokens, TIMES)
     credit = seen(counted, [value[example == i].numpy() for i in some])
+    wrong, U = ~right[example], credited(example, right, value)
+    write = dict(profile=p.name, seen=credit, credit_of_wrong=float(U[wrong].mean()))
+    save = lambda: args.out.write_text(json.dumps(write, indent=1) + '\n')
+    save() # the answers to come take much longer
     print(json.dumps(credit), flush=True)
-    U, how = credited(example, right, value), dict(min_p=params['min_p'], risk=params['answer_risk'], steps=params['steps'], lr=params['lr'])
+    how = dict(min_p=params['min_p'], risk=params['answer_risk'], steps=params['steps'], lr=params['lr'])
     frames = [read_table(results_folder(root, p.name), 'rungs')]
     for s in range(params['seed'], params['seed'] + p.seeds):
         head = fit_credit(table, examples, U, seed=s, **how)
@@ -81,10 +85,8 @@ if __name__ == '__main__':
             answers = sample(model, tokenizer, [x['messages'] for x in prompts], rules, *BUDGET[task](p), params['seed'] + s)
             frames.append(points(tokenizer, task, prompts, answers, s))
     found = verdicts(pd.concat(frames), TASKS, PAIRS, AT, bootstrap=params['bootstrap'], seed=params['seed'])
-    wrong = ~right[example]
-    write = dict(profile=p.name, seeds=p.seeds, seen=credit, credit_of_wrong=float(U[wrong].mean()),
-                 gains=tree_of(found, 'task', 'at', 'decoder', 'rival'))
-    args.out.write_text(json.dumps(write, indent=1) + '\n')
+    write |= dict(seeds=p.seeds, gains=tree_of(found, 'task', 'at', 'decoder', 'rival'))
+    save()
     pd.concat(frames[1:]).groupby(['task', 'decoder', 'strength', 'seed', 'cluster'], sort=False)[['good', 'varied']].mean().to_csv(
         args.out.with_suffix('.csv'), float_format='%.5g')
     print(found.round(3).to_string(index=False))

@@ -80,7 +80,8 @@ def source_of(key): # 'benchmarks:public.n' -> 'benchmarks/public.json', 'small:
     return f'benchmarks/{stage}.json' if profile == 'benchmarks' else f'results/{profile}/{stage}.json'
 
 # %% ../../nbs/18_paper.ipynb #bench
-CITED = ('public', 'transfer', 'vocabulary', 'many', 'sets-rungs-further', 'meaning-rungs-further', 'meaning-gemma-further') # benchmarks
+# benchmarks that the paper cites
+CITED = ('public', 'transfer', 'vocabulary', 'many', 'sets-rungs-further', 'credit', 'meaning-rungs-further', 'meaning-gemma-further')
 
 def benchmark_numbers(
     root:Path, # the project
