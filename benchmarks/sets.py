@@ -118,7 +118,8 @@ if __name__ == '__main__':
     how = dict(min_p=params['min_p'], risk=params['answer_risk'], steps=params['steps'], lr=params['lr'])
     learned = {seed: {f'{k} {name}': head for k,(table, examples) in tables.items()
                       for name,head in heads_of(table, examples, seed=seed, **how).items()} for seed in range(args.seeds)}
-    walk = lambda split: walked(model, tokenizer, [x for x in sets(p, split, args.wordings) if len(x['answer']) <= MOST], learned, params['min_p'])
+    few = lambda split: [x for x in sets(p, split, args.wordings) if len(x['answer']) <= MOST]
+    walk = lambda split: walked(model, tokenizer, few(split), learned, params['min_p'])
     found = {split: walk(split) for split in ('calibration', 'test')}
     frames, oracles = ({split: x[k] for split,x in found.items()} for k in (0, 1))
     pd.concat([x.assign(split=split) for split,x in frames.items()]).to_csv(args.out.with_suffix('.csv'), index=False, float_format='%.4g')

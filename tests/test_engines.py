@@ -101,7 +101,8 @@ def test_llama_cpp(subject, texts):
     pytest.importorskip('llama_cpp', reason='run `make test-llama`')
     p = load_profile(subject.profile, ROOT)
     try:
-        with joined([package_file(x) for x in p.model.removeprefix('package:').split()], p.sha256) as path: check_in_llama_cpp(subject, texts, path)
+        parts = [package_file(x) for x in p.model.removeprefix('package:').split()]
+        with joined(parts, p.sha256) as path: check_in_llama_cpp(subject, texts, path)
     except FileNotFoundError as e: pytest.skip(str(e))
 
 
