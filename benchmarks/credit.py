@@ -29,7 +29,8 @@ NAME, PAIRS = 'credit', [('credit', x) for x in ('by token', 'by prompt', BASE)]
 
 def between(examples): # some answers of corpora that the model is neither always right nor always wrong about
     right = pd.Series([x['right'] for x in examples]).groupby([x['corpus'] for x in examples]).mean()
-    some = [i for i,x in enumerate(examples) if x['answer'] is not None and x['split'] == 'train' and SOME[0] < right[x['corpus']] < SOME[1]]
+    some = [i for i,x in enumerate(examples)
+            if x['answer'] is not None and x['split'] == 'train' and SOME[0] < right[x['corpus']] < SOME[1]]
     return sorted(random.Random(0).sample(some, min(ANSWERS, len(some))))
 
 

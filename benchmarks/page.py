@@ -85,7 +85,7 @@ def figures(sizes, values):
 if __name__ == '__main__':
     found = measure()
     sizes = found.pop('bytes')[0].tolist()
-    results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0], bytes=dict(zip(map(str, SIZES), sizes)),
+    results = dict(threads=torch.get_num_threads(), load_before=os.getloadavg()[0], bytes=sizes,
                    **{k: figures(SIZES, v) for k,v in found.items()})
     (Path(__file__).parent/'page.json').write_text(json.dumps(results, indent=1) + '\n')
     print(json.dumps(results, indent=1))

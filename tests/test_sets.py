@@ -55,7 +55,8 @@ def test_with_the_verdict_as_credit_the_head_is_that_of_judged_answers(smoke, tm
     model, tokenizer = smoke
     texts = ['Lima', 'a city', 'the moon', 'Peru is far', 'one two', 'no']
     examples = [dict(id=str(i), corpus='made', split='train', group=f'group {i}', answer='x', right=i % 2 == 0, ended=True,
-                     messages=[dict(role='user', content=f'Question {i}?'), dict(role='assistant', content=t*8)]) for i,t in enumerate(texts*4)]
+                     messages=[dict(role='user', content=f'Question {i}?'), dict(role='assistant', content=t*8)])
+                for i,t in enumerate(texts*4)]
     table = scan(model, tokenizer, examples, tmp_path, progress=False)
     right = torch.tensor([x['right'] for x in examples])[table['example'].long()]
     how = dict(min_p=.1, risk=.2, steps=20, lr=1e-3, seed=0)
@@ -78,7 +79,8 @@ def test_a_probe_that_sees_everything_agrees_as_well_as_counts_can():
 def test_holm_is_the_closed_test_of_bonferroni():
     "A hypothesis is rejected when every set of hypotheses that holds it is rejected by the smallest of its p-values times their number"
     p = np.array([.004, .03, .011, .2, .02])
-    closed = [max(min(1, min(p[list(s)])*len(s)) for n in range(1, 6) for s in itertools.combinations(range(5), n) if i in s) for i in range(5)]
+    families = [s for n in range(1, 6) for s in itertools.combinations(range(5), n)]
+    closed = [max(min(1, min(p[list(s)])*len(s)) for s in families if i in s) for i in range(5)]
     assert np.allclose(holm(p), closed)
 
 
