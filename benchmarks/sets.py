@@ -1,6 +1,6 @@
 """Valid sets again, with heads that have seen what is wanted: distinct valid answers in sixteen draws, exactly, as on the page of the
 ladder of oracles. *Taught* heads learn from valid names of other families of sets, each name a reference answer; the others from the
-model's own answers with nothing cut, some of them to other sets. Writes OUT.json, and beside it a CSV of every decoder on every prompt.
+model's own answers with nothing cut, some of them to other sets. Writes OUT.json, and beside it a CSV with the means of each set.
 Run, after `make rungs-further`: make sets
 """
 import argparse, json, random
@@ -122,7 +122,9 @@ if __name__ == '__main__':
     walk = lambda split: walked(model, tokenizer, few(split), learned, params['min_p'])
     found = {split: walk(split) for split in ('calibration', 'test')}
     frames, oracles = ({split: x[k] for split,x in found.items()} for k in (0, 1))
-    pd.concat([x.assign(split=split) for split,x in frames.items()]).to_csv(args.out.with_suffix('.csv'), index=False, float_format='%.4g')
+    by = ['split', 'family', 'cluster', 'decoder', 'strength', 'seed']
+    rows = pd.concat([x.assign(split=split) for split,x in frames.items()])
+    rows.groupby(by, sort=False)[['varied', 'valid']].mean().to_csv(args.out.with_suffix('.csv'), float_format='%.4g')
     write = dict(profile=p.name, draws=DRAWS, sets={k: int(x.cluster.nunique()) for k,x in oracles.items()},
                  wordings=args.wordings, seeds=args.seeds, taught=len(names), own=len(tables['own'][1]),
                  **compared(frames, oracles, bootstrap=params['bootstrap'], seed=params['seed']))
