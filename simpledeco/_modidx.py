@@ -681,6 +681,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'simpledeco.study.rungs.fit_probe': ('rungs.html#fit_probe', 'simpledeco/study/rungs.py'),
                                         'simpledeco.study.rungs.fit_probes': ('rungs.html#fit_probes', 'simpledeco/study/rungs.py'),
                                         'simpledeco.study.rungs.fit_rungs': ('rungs.html#fit_rungs', 'simpledeco/study/rungs.py'),
+                                        'simpledeco.study.rungs.floored': ('rungs.html#floored', 'simpledeco/study/rungs.py'),
                                         'simpledeco.study.rungs.given_value': ('rungs.html#given_value', 'simpledeco/study/rungs.py'),
                                         'simpledeco.study.rungs.greedy_below': ('rungs.html#greedy_below', 'simpledeco/study/rungs.py'),
                                         'simpledeco.study.rungs.learned_switch': ('rungs.html#learned_switch', 'simpledeco/study/rungs.py'),

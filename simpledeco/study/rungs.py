@@ -8,7 +8,7 @@ who chooses, what it looks at, and the one number by which each is made stronger
 __all__ = ['QUESTION_WORDS', 'WARM', 'HOT', 'TIMES', 'FAR', 'STATIC_RUNGS', 'RULE_RUNGS', 'LEARNED_RUNGS', 'OUR_RUNGS',
            'CONTROL_RUNGS', 'ORACLE_RUNGS', 'LEARNS', 'EXACT', 'RUNGS', 'Asked', 'asks_a_fact', 'fit_probe',
            'value_temperature', 'two_sided', 'cross_entropy', 'fit_rungs', 'fit_probes', 'rated', 'mean_temperatures',
-           'rung', 'cut', 'greedy_below', 'running_mean', 'learned_switch', 'given_value', 'rungs_of']
+           'rung', 'cut', 'greedy_below', 'floored', 'running_mean', 'learned_switch', 'given_value', 'rungs_of']
 
 # %% ../../nbs/52_rungs.ipynb #rungs-imports
 import math
@@ -184,7 +184,7 @@ def mean_temperatures(head, table, examples): # {'open': T, 'closed': T}
 # %% ../../nbs/52_rungs.ipynb #rows-helpers
 WARM, HOT, TIMES = (.4, .7, 1., 1.3, 1.6, 2.), (.7, 1., 1.3, 1.6, 2., 2.5), (.5, 1., 1.5, 2., 3., 4.5)
 # more strengths for rungs whose six begin or end between the constants that they are compared with; sampled, and not tuned over
-FAR = dict.fromkeys(('by token', 'by prompt', 'first token', 'mean by kind'), (.25, 7., 11.))
+FAR = dict.fromkeys(('by token', 'by prompt', 'by prompt, floor', 'first token', 'mean by kind'), (.25, 7., 11.))
 
 def rung(name, family, about, mark, grid, live, source=''): # a row
     return Decoder(name, family, about, mark, source, ('rungs',), live=live, grid=grid)
@@ -196,6 +196,10 @@ def greedy_below(step, s, least, min_p): # Greedy-Threshold
     "The best token where it is unlikely, else a temperature"
     unsure = step.logits.float().softmax(-1).amax(-1) < least
     return tempered(step.logits, torch.where(unsure, 0., s), min_p=min_p)
+
+def floored(head, s, least, min_p): # a rule: at least so much of what the head says where the answer begins, then the strength
+    first = lambda step: head.temperature(head.live_inputs(step.first_hidden, step.first_logits))
+    return at(lambda step: s*first(step).clamp(min=least), min_p)
 
 def running_mean(head, s, min_p): # a rule: the mean of the head's temperatures in this answer so far
     def rule(step):
@@ -256,6 +260,8 @@ OUR_RUNGS = [
 CONTROL_RUNGS = [
     rung('first token', 'control', 'what the head by token says first, for the whole answer', '<', TIMES,
          lambda c, s: at_first(c.heads['by token'], s, c.min_p)),
+    rung('by prompt, floor', 'control', 'by prompt, and nowhere below .1 before the strength, so that every prompt can be heated', 'F',
+         TIMES, lambda c, s: floored(c.heads['by prompt'], s, .1, c.min_p)),
     rung('running mean', 'control', 'the mean of what the head by token has said in the answer', 'h', TIMES,
          lambda c, s: running_mean(c.heads['by token'], s, c.min_p)),
     rung('mean by kind', 'control', 'its mean on questions, and its mean on open prompts', 'p', TIMES,

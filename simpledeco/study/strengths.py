@@ -177,9 +177,10 @@ def verdicts(
     at:dict, # {name: (decoder, strength) whose variety it is}
     **options, # of `compared`
 )->pd.DataFrame: # task, decoder, rival, at, variety, good, gain, lo, hi, reached
-    "Every pair on every task that was asked, at equal variety"
+    "Every pair whose decoders answered, on every task that was asked, at equal variety"
     asked = {task: rows for task,rows in frame.groupby('task')}
-    return pd.concat([compared(asked[g], asked[v], pairs, at, **options).assign(task=name)
+    of = lambda task: [pair for pair in pairs if {*pair} <= {*asked[task].decoder}]
+    return pd.concat([compared(asked[g], asked[v], of(g), at, **options).assign(task=name)
                       for name,(g, v) in tasks.items() if {g, v} <= asked.keys()], ignore_index=True)
 
 
