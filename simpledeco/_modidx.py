@@ -562,6 +562,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'simpledeco.study.pipeline.stamp_run': ( 'pipeline.html#stamp_run',
                                                                                     'simpledeco/study/pipeline.py'),
                                            'simpledeco.study.pipeline.summary': ('pipeline.html#summary', 'simpledeco/study/pipeline.py')},
+            'simpledeco.study.plan': {'simpledeco.study.plan.ladder_gains': ('plan.html#ladder_gains', 'simpledeco/study/plan.py')},
             'simpledeco.study.plots': { 'simpledeco.study.plots._frontier_line': ('plots.html#_frontier_line', 'simpledeco/study/plots.py'),
                                         'simpledeco.study.plots._lethality_panel': ( 'plots.html#_lethality_panel',
                                                                                      'simpledeco/study/plots.py'),
