@@ -796,6 +796,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.rungs_few_table': ( 'tables.html#rungs_few_table',
                                                                                       'simpledeco/study/tables.py'),
+                                         'simpledeco.study.tables.rungs_further_table': ( 'tables.html#rungs_further_table',
+                                                                                          'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.rungs_table': ('tables.html#rungs_table', 'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.samples_table': ( 'tables.html#samples_table',
                                                                                     'simpledeco/study/tables.py'),

@@ -10,8 +10,8 @@ __all__ = ['dot', 'signed', 'named', 'ANSWERS', 'JUDGED', 'FEW', 'IN_FIGURE', 'O
            'controls_table', 'verdict_table', 'stability_table', 'settings_of', 'count_settings', 'settings_table',
            'comparison_table', 'frontier_table', 'accuracy_table', 'against_table', 'search_table', 'benchmarks_table',
            'detect_table', 'sentences_table', 'samples_table', 'decoders_table', 'oracle_rows', 'oracles_table',
-           'ladder_table', 'gain_cell', 'rungs_table', 'rungs_few_table', 'of_both', 'claims_table', 'front_table',
-           'Figure', 'adaptive_contract', 'drawn', 'write_all']
+           'ladder_table', 'gain_cell', 'rungs_table', 'rungs_few_table', 'rungs_further_table', 'of_both',
+           'claims_table', 'front_table', 'Figure', 'adaptive_contract', 'drawn', 'write_all']
 
 # %% ../../nbs/19_tables.ipynb #tables-imports
 from collections.abc import Callable
@@ -24,7 +24,7 @@ import pandas as pd
 
 from .decoders import DECODERS
 from .paper import show_number, table_tex, tex_text
-from .plan import TASKS
+from .plan import AT, TASKS
 from .plots import (plot_auroc, plot_contract, plot_cost, plot_curves, plot_decomposition,
                                     plot_efficiency, plot_frontier, plot_lethality, plot_losses, plot_rungs,
                                     plot_stability, plot_tradeoff, plot_v_curve, save)
@@ -57,8 +57,10 @@ class Drawn(NamedTuple):
         return found[~found.task.isin(AGAIN)] if 'all places' in set(found.task) else found
     def curves(self): # of the ladder, with 'all places' in the place of its tasks
         found = self.again('rungs')
-        of_all = found[found.task.isin(AGAIN)].assign(task='all places')
-        return curves_of(pd.concat([found[~found.task.isin(AGAIN)], of_all]), TASKS)
+        again = found.task.isin(AGAIN)
+        in_all = found[again].groupby('decoder').task.nunique() == found[again].task.nunique() # others answered about some places
+        of_all = found[again & found.decoder.map(in_all).eq(True)].assign(task='all places')
+        return curves_of(pd.concat([found[~again], of_all]), TASKS)
     @property
     def corpora(self): return list(self.numbers['evaluate']['scores'])
 
@@ -162,6 +164,7 @@ def comparison_table(c):
     cost, count, d = c.numbers['cost'], c.numbers['autodeco']['count'], c.numbers['prescan']['hidden_size']
     verdict = c.numbers['controls']['verdict']
     both = lambda f: (f('AutoDeco'), '--', f('ours'))
+    three = lambda f: tuple(map(f, ('AutoDeco', 'ours, hidden', 'ours')))
     pair = lambda k, of: f"{verdict[k][of]['better']}/{verdict[k][of]['worse']}"
     tuned = lambda of: both(lambda k: f"{pair(k, of)} ({pair(f'{k}, tuned', of)})")
     collapsed = lambda k: f"{count[k]['collapsed']} of {count[k]['runs']}"
@@ -172,12 +175,12 @@ def comparison_table(c):
              'what is optimised': ('likelihood, soft top-$p$ mask', 'quantile of $RT^*$', 'quantile of $T^*$'),
              'convex': ('no', 'yes', 'in the last layer'),
              'settings (\\cref{tab:settings})': [str(count_settings(x)) for x in settings_of(c).values()],
-             'runs that collapse': both(collapsed),
+             'runs that collapse': three(collapsed),
              'without its two tricks': (collapsed('neither'), '--', 'has none'),
-             'training tokens a second': both(lambda k: show_number(round(cost['at'][k.lower()]))),
+             'training tokens a second': three(lambda k: show_number(round(cost['at'][k.lower().replace(', ', '_')]))),
              'one epoch with the pre-scan (s)': both(
                  lambda k: show_number(round(cost['wall']['scan'] + cost['wall'][f'epoch_{k.lower()}']))),
-             'decoding speed, of static min-$p$': both(lambda k: show_number(cost['decoding'][k]['speed'])),
+             'decoding speed, of static min-$p$': three(lambda k: show_number(cost['decoding'][k]['speed'])),
              'better/worse than tuned static $T$': tuned('static'),
              'better/worse than its own mean': tuned('mean')}
     return table_tex(['', 'AutoDeco', 'ours, judged answers', 'ours, reference text'], [[k, *v] for k,v in cells.items()], 'lrrr')
@@ -212,13 +215,16 @@ IN_FIGURE = ('judged, left out', 'judged, left out: first token', 'judged, by pr
              'question mark, T = 1', 'question mark, T = 1.5', 'judged, left out: MeanShift', 'AutoDeco')
 
 def against_table(c):
-    "A few decoders on the frontier, and how much further above it the head by token lies"
+    "A few decoders on the frontier, what greedy's accuracy would be worth at their variety, and the head by token beside them"
     found, against = (c.numbers['frontier'][k] for k in ('methods', 'against'))
-    total = lambda m, k: f"{found[m][k]['mean']:.3f}"
-    rows = [[named(shown), total(m, 'accuracy'), total(m, 'diversity'), interval(found[m]['excess']),
-             interval(against[m]['excess']) if m in against else ''] for m,shown in FEW.items() if m in found]
-    static = [[named(m), total(m, 'accuracy'), total(m, 'diversity'), '', ''] for m in ('greedy', 'T = 1') if m in found]
-    return table_tex(['', 'right', 'variety', 'above the constants', 'by token above this'], [*static, None, *rows], 'lrrll')
+    mean = lambda m, k: found[m][k]['mean']
+    first = lambda m, shown: [named(shown), f"{mean(m, 'accuracy'):.3f}", f"{mean(m, 'diversity'):.3f}"]
+    greedy = lambda m: signed(mean('greedy', 'accuracy') - mean(m, 'accuracy') + mean(m, 'excess'))
+    rows = [[*first(m, shown), interval(found[m]['excess']), greedy(m), interval(against[m]['excess']) if m in against else '']
+            for m,shown in FEW.items() if m in found]
+    static = [[*first(m, m), '', '', ''] for m in ('greedy', 'T = 1') if m in found]
+    return table_tex(['', 'right', 'variety', 'above the constants', 'greedy there', 'by token minus this'], [*static, None, *rows],
+                     'lrrlrl')
 
 # %% ../../nbs/19_tables.ipynb #tables-search
 def search_table(c):
@@ -316,7 +322,7 @@ def rungs_table(c, fixed, listed, of, at='T = 1'):
 
 # %% ../../nbs/19_tables.ipynb #tables-rungs-few
 LADDER = ('by token', 'by prompt', 'first token', 'mean by kind', 'R = 0 on questions', 'cross-entropy', 'question mark',
-          'learned switch', 'oracle switch', 'EDT', 'AutoDeco', 'static, top-p')
+          'learned switch', 'oracle switch', 'EDT', 'dynamic temperature', 'AutoDeco', 'static, top-p')
 PAIRED = ('by prompt', 'first token', 'question mark', 'cross-entropy')
 
 def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 0.7'):
@@ -327,6 +333,14 @@ def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 0.7'):
     there = lambda names, of: [m for m in names if m in set(gains[of])]
     return table_tex(['', *tasks], [*([named(d), *row(d, base)] for d in there(LADDER, 'decoder')), None,
                                     *([named(f'{ours}, over {r}'), *row(ours, r)] for r in there(PAIRED, 'rival'))], 'l' + 'r'*len(tasks))
+
+def rungs_further_table(c, base='static, min-p', ours='by token'):
+    "All decoders that were asked about the places of `further`, and these places alone, at each variety"
+    gains = c.again('rungs_gains')[lambda x: x.task == 'further']
+    pairs = [(d, base) for d in dict.fromkeys(gains[gains.rival == base].decoder)], [(ours, r) for r in dict.fromkeys(gains.rival) if r != base]
+    row = lambda d, r: [gain_cell(gains[(gains.decoder == d) & (gains.rival == r) & (gains['at'] == at)]) for at in AT]
+    over, under = ([[named(d if r == base else f'{d}, over {r}'), *row(d, r)] for d,r in some] for some in pairs)
+    return table_tex(['', *map(named, AT)], [*over, None, *under], 'l' + 'r'*len(AT))
 
 # %% ../../nbs/19_tables.ipynb #tables-claims
 BOTH = {'SmolLM2': ('rungs', 'embedded'), 'Gemma': ('gemma', 'gemma')} # the profile of the ladder, and that of the valid sets
@@ -400,7 +414,7 @@ TABLES |= dict(
     samples=(('frontier',), samples_table),
     decoders=((), decoders_table), ladder=(('ladder',), ladder_table), oracles=(('ladder',), oracles_table),
     rungs=(('rungs',), partial(rungs_table, fixed='rival', listed='decoder', of='static, min-p')),
-    rungs_few=(('rungs',), rungs_few_table), 
+    rungs_few=(('rungs',), rungs_few_table), rungs_further=(('rungs',), rungs_further_table),
     **{f'rungs_{k}': (('rungs',), partial(rungs_few_table, at=at)) for k,at in dict(warm='T = 1', hot='T = 1.6').items()},
     rungs_token=(('rungs',), partial(rungs_table, fixed='decoder', listed='rival', of='by token')),
     claims=(('ladder', 'rungs'), claims_table)) # the profile that has both is that of the second model
