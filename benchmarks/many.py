@@ -46,8 +46,9 @@ def corrected(found): # a family, after Holm
     keys, p = list(found), np.array([p_value(x[1:]) for x in found.values()])
     together = holm(p)
     names = lambda of: [f'{t}, {at}: {a} over {b}' for (t, a, b, at),yes in zip(keys, of) if yes]
+    lo, hi = np.array([np.nanquantile(x[1:], (.025, .975)) for x in found.values()]).T
     return dict(comparisons=len(p), alone=int((p < .05).sum()), together=int((together < .05).sum()), least_p=float(p.min()),
-                by_chance=len(p)/20, survivors=names(together < .05), excluded=names(p < .05))
+                by_chance=len(p)/20, half_width=float(np.median(hi - lo)/2), survivors=names(together < .05), excluded=names(p < .05))
 
 
 if __name__ == '__main__':
