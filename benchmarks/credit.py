@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from meaning import asked
 
 from simpledeco.loss import minimum_sufficient_hinge
 from simpledeco.model import load_model
@@ -20,7 +19,7 @@ from simpledeco.study.plan import AT, BASE, TASKS
 from simpledeco.study.results import read_table, results_folder
 from simpledeco.study.rungs import FAR, fit_probes, RUNGS
 from simpledeco.study.settings import load_params, load_profile, project_root
-from simpledeco.study.strengths import BUDGET, points, tree_of, verdicts
+from simpledeco.study.strengths import BUDGET, points, tasks_of, tree_of, verdicts
 from simpledeco.table import TokenTable
 
 ANSWERS, TIMES, SOME = 80, 8, (.1, .9) # answers that are drawn on, how often, and of corpora with such a share of right ones
@@ -82,7 +81,7 @@ if __name__ == '__main__':
     for s in range(params['seed'], params['seed'] + p.seeds):
         head = fit_credit(table, examples, U, seed=s, **how)
         rules = {(NAME, x): head_rule(head, x) for x in (*RUNGS['by token'].grid, *FAR['by token'])}
-        for task,prompts in asked(p, params['min_p']).items():
+        for task,prompts in tasks_of(p, model, tokenizer, params['min_p']).items():
             answers = sample(model, tokenizer, [x['messages'] for x in prompts], rules, *BUDGET[task](p), params['seed'] + s)
             frames.append(points(tokenizer, task, prompts, answers, s))
     found = verdicts(pd.concat(frames), TASKS, PAIRS, AT, bootstrap=params['bootstrap'], seed=params['seed'])

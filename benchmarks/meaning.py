@@ -10,14 +10,11 @@ from run import commit
 from tqdm import tqdm
 
 from simpledeco.model import load_model
-from simpledeco.sample import constant, sample
 from simpledeco.study.meaning import apart, likely, load_encoder
 from simpledeco.study.models import model_folder
 from simpledeco.study.plan import AT, BASE, TASKS
-from simpledeco.study.profiles import task_prompts
 from simpledeco.study.settings import load_params, load_profile, project_root
-from simpledeco.study.strengths import cluster, known, PLACES, plan, READ, tree_of, unread, verdicts
-from simpledeco.study.texts import text_of
+from simpledeco.study.strengths import cluster, tasks_of, tree_of, verdicts
 
 PAIRS = [('by token', 'by prompt'), ('by token', BASE), ('by prompt', BASE)]
 KEY = ['decoder', 'strength', 'prompt']
@@ -34,17 +31,6 @@ def kept(folder): # a row for each decoder that is compared, strength, seed and 
     if not frames: raise FileNotFoundError(f'no texts in {folder}: run `make {folder.name}` first')
     frame = pd.concat(frames, ignore_index=True)
     return frame[frame.decoder.isin({x for pair in PAIRS for x in pair})]
-
-
-def asked(p, min_p): # {task: prompts}, as the stage `rungs` asks them
-    tasks, (model, tokenizer) = plan(p), load_model(model_folder(p.name, p.root))
-    for task in [x for x in tasks if x in PLACES]:
-        ask = task_prompts(p, 1000, PLACES[task], ['capitals', 'states'])
-        plainly = sample(model, tokenizer, [x['messages'] for x in ask], dict(greedy=constant(0, min_p=min_p)), 1,
-                         p.answer_tokens, progress=False)['greedy']
-        about = known(tasks[task], ask, [text_of(tokenizer, g[0]) for g in plainly])
-        tasks[task] = unread(about, READ.get(task, 0))[:2*p.test_prompts]
-    return tasks
 
 
 def checked(frame, tasks): # the frame
@@ -83,7 +69,7 @@ if __name__ == '__main__':
     parser.add_argument('--unread', action='store_true', help='variety of meaning alone, in minutes')
     args, root = parser.parse_args(), project_root()
     p, params = load_profile(args.learned.name, root), load_params(root)
-    frame, tasks = kept(args.learned), asked(p, params['min_p'])
+    frame, tasks = kept(args.learned), tasks_of(p, *load_model(model_folder(p.name, root)), params['min_p'])
     other = None if args.unread else load_model(model_folder(other_of(p.name), root))
     frame = read(checked(frame, tasks), tasks, load_encoder(), other)
     by = ['task', 'decoder', 'strength', 'seed', 'cluster']

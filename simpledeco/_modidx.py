@@ -745,6 +745,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'simpledeco.study.strengths.resamples': ( 'strengths.html#resamples',
                                                                                       'simpledeco/study/strengths.py'),
                                             'simpledeco.study.strengths.said': ('strengths.html#said', 'simpledeco/study/strengths.py'),
+                                            'simpledeco.study.strengths.tasks_of': ( 'strengths.html#tasks_of',
+                                                                                     'simpledeco/study/strengths.py'),
                                             'simpledeco.study.strengths.tree_of': ( 'strengths.html#tree_of',
                                                                                     'simpledeco/study/strengths.py'),
                                             'simpledeco.study.strengths.tuned': ('strengths.html#tuned', 'simpledeco/study/strengths.py'),
