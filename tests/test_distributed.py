@@ -14,16 +14,17 @@ from simpledeco.scan import scan
 from simpledeco.table import TokenTable
 from simpledeco.study.settings import load_profile
 
+BRIEF = ['arithmetic', 'chat', 'facts', 'trivia'] # corpora of short texts
 SCAN = '''
 import sys, torch
 from pathlib import Path
 from simpledeco.study.data import load_examples
 from simpledeco.model import load_model
 from simpledeco.scan import scan
-root, out = map(Path, sys.argv[1:])
+root, out = map(Path, sys.argv[1:3])
 torch.set_num_threads(1)
 model, tokenizer = load_model(root/'models/smoke')
-again = lambda n: scan(model, tokenizer, load_examples(root, 2), out, shard_examples=n, progress=False)
+again = lambda n: scan(model, tokenizer, load_examples(root, 2, sys.argv[3:]), out, shard_examples=n, progress=False)
 sys.stdout.write(f'rows {len(again(4))}\\n') # in one piece: the two processes share one pipe
 try: again(5) # a mistake that only the first process can see
 except ValueError as e: sys.exit(f'simpledeco: {e}')
@@ -36,10 +37,10 @@ def contents(folder): return {p.name: p.read_bytes() for p in sorted(folder.iter
 def test_two_processes_make_the_table_of_one(tmp_path):
     smoke = load_profile('smoke', ROOT)
     folder = build_model(smoke.model, ROOT/'models/smoke', smoke.sha256)
-    table = scan(*load_model(folder), load_examples(ROOT, 2), tmp_path/'one', shard_examples=4, progress=False)
+    table = scan(*load_model(folder), load_examples(ROOT, 2, BRIEF), tmp_path/'one', shard_examples=4, progress=False)
     (tmp_path/'run.py').write_text(SCAN)
-    done = run('torchrun', '--standalone', '--nproc_per_node', '2', tmp_path/'run.py', ROOT, tmp_path/'two', cwd=ROOT,
-               check=False, timeout=300)
+    done = run('torchrun', '--standalone', '--nproc_per_node', '2', tmp_path/'run.py', ROOT, tmp_path/'two', *BRIEF,
+               cwd=ROOT, check=False, timeout=300)
     assert contents(tmp_path/'one') == contents(tmp_path/'two') and len(contents(tmp_path/'one')) > 6, done.stderr
     assert done.stdout.count(f'rows {len(table)}') == 2, 'both processes got the whole table'
     assert done.returncode and done.stderr.count('holds a scan with another shard_examples') >= 2, 'a mistake stops both'
@@ -50,7 +51,7 @@ def test_a_model_spread_by_a_device_map_gives_the_same_table(tmp_path):
     on the CPU"""
     smoke = load_profile('smoke', ROOT)
     folder = build_model(smoke.model, ROOT/'models/smoke', smoke.sha256)
-    examples = load_examples(ROOT, 1)
+    examples = load_examples(ROOT, 1, BRIEF)
     for device in ('cpu', 'auto'):
         scan(*load_model(folder, device=device), examples, tmp_path/device, progress=False)
     a, b = TokenTable(tmp_path/'cpu'), TokenTable(tmp_path/'auto')

@@ -64,9 +64,12 @@ def report():
     if KILLS > 10: (ROOT/'benchmarks/faults.json').write_text(json.dumps(COUNTS, indent=1) + '\n')
 
 
+BRIEF = ['arithmetic', 'facts', 'trivia', 'funfacts'] # corpora of short texts
+
+
 def scanning(out):
-    scan(*load_model(ROOT/'models/smoke'), load_examples(ROOT, 2), out/'table', shard_examples=4,
-         progress=False)
+    examples = load_examples(ROOT, 2, ['maths', 'chat', *BRIEF])
+    scan(*load_model(ROOT/'models/smoke'), examples, out/'table', shard_examples=4, progress=False)
 
 
 def training(out):
@@ -217,8 +220,8 @@ def test_a_disk_that_fills_up(tmp_path, smoke):
 def test_damaged_tables_are_named_and_repaired(tmp_path, smoke):
     """Every kind of damage to a shard is found, said with the name of the file, and cured by what
     the message says"""
-    examples = load_examples(ROOT, 1)
-    again = lambda: scan(*smoke, examples, tmp_path/'t', shard_examples=8, progress=False)
+    examples = load_examples(ROOT, 1, BRIEF)
+    again = lambda: scan(*smoke, examples, tmp_path/'t', shard_examples=4, progress=False)
     again(); good, shard = contents(tmp_path/'t'), tmp_path/'t/shard-00001.safetensors'
     data, random = good[shard.name], Random(0)
     flipped = bytearray(data); flipped[len(data)//2] ^= 1
