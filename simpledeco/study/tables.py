@@ -5,7 +5,7 @@ model. At the end of this page you know where each of them comes from and how on
 
 # %% auto #0
 __all__ = ['dot', 'signed', 'named', 'ANSWERS', 'JUDGED', 'FEW', 'IN_FIGURE', 'ORACLES', 'LADDER', 'PAIRED', 'BOTH', 'WORDS',
-           'MIXED', 'INSIDE', 'SETS', 'CLAIMS', 'NAMES', 'FRONT', 'TABLES', 'DETECTORS', 'CURVES', 'FIGURES',
+           'MIXED', 'INSIDE', 'LAST', 'SETS', 'CLAIMS', 'NAMES', 'FRONT', 'TABLES', 'DETECTORS', 'CURVES', 'FIGURES',
            'interval', 'header', 'Drawn', 'score_table', 'contract_table', 'losses_table', 'corpora_table',
            'controls_table', 'verdict_table', 'stability_table', 'settings_of', 'count_settings', 'settings_table',
            'comparison_table', 'frontier_table', 'accuracy_table', 'against_table', 'search_table', 'benchmarks_table',
@@ -210,7 +210,7 @@ def accuracy_table(c):
 FEW = {'judged, left out': 'by token', 'judged, left out: first token': 'first token', 'judged, by prompt': 'by prompt',
        'judged, R = 0 on questions': 'R = 0 on questions', 'question mark, T = 1': 'question mark, T = 1',
        'question mark, T = 1.5': 'question mark, T = 1.5', 'judged, left out: MeanShift': 'MeanShift',
-       **{x: x for x in ('right answers only', 'AutoDeco', 'EDT', 'training-free', 'reference text')}} # the rungs' names
+       **{x: x for x in ('right answers only', 'AutoDeco', 'EDT')}} # the rungs' names
 IN_FIGURE = ('judged, left out', 'judged, left out: first token', 'judged, by prompt', 'judged, R = 0 on questions',
              'question mark, T = 1', 'question mark, T = 1.5', 'judged, left out: MeanShift', 'AutoDeco')
 
@@ -345,12 +345,13 @@ def rungs_further_table(c, base='static, min-p', ours='by token'):
 # %% ../../nbs/19_tables.ipynb #tables-claims
 BOTH = {'SmolLM2': ('rungs', 'embedded'), 'Gemma': ('gemma', 'gemma')} # the profile of the ladder, and that of the valid sets
 WORDS = {'above': lambda r: r.lo > 0, 'below': lambda r: r.hi < 0, 'not above': lambda r: r.lo <= 0}
-MIXED, INSIDE, SETS = 'facts | creative', 'all places', 'valid sets'
+MIXED, INSIDE, LAST, SETS = 'facts | creative', 'all places', 'further', 'valid sets'
 CLAIMS = [*((MIXED, 'T = 0.7', *x) for x in (('by token', 'above', 'static, min-p'), ('by token', 'not above', 'by prompt'),
                                              ('by token', 'not above', 'question mark'))),
           *((MIXED, 'T = 1.6', x, 'above', 'static, min-p') for x in ('by token', 'by prompt', 'question mark')),
           *((INSIDE, 'T = 0.7', *x) for x in (('by token', 'not above', 'static, min-p'), ('by token', 'above', 'by prompt'),
                                               ('by prompt', 'below', 'static, min-p'))),
+          *((LAST, 'T = 0.7', 'by token', 'not above', x) for x in ('by prompt, floor', 'first token', 'cross-entropy')),
           *((SETS, '', *x) for x in (('token', 'above', 'prompt'), ('mask', 'above', 'token'), ('by token', 'below', 'static, min-p'),
                                      ('by prompt', 'below', 'static, min-p')))]
 NAMES = {'static, min-p': 'constant', 'token': 'oracle by token', 'prompt': 'oracle by prompt'}
@@ -362,7 +363,7 @@ def of_both(c): # {model: gains at equal variety, and on the valid sets}
         rows = [(SETS, '', *k.split(' over '), r['mean'], r['lo'], r['hi'], 1.)
                 for k,r in (found['oracles'] | found['gains']).items() if ' over ' in k]
         columns = ['task', 'at', 'decoder', 'rival', 'gain', 'lo', 'hi', 'reached']
-        yield model, pd.concat([c._replace(folder=c.folder.with_name(ladder)).gains()[columns], pd.DataFrame(rows, columns=columns)])
+        yield model, pd.concat([c._replace(folder=c.folder.with_name(ladder)).again('rungs_gains')[columns], pd.DataFrame(rows, columns=columns)])
 
 def claims_table(c):
     "What was claimed of both models, and on which it holds"
