@@ -1,20 +1,22 @@
 """Decode speed of a folded model with its processor over static min-p in the model itself, in transformers and in vLLM. Writes
 benchmarks/row.json. Run: make bench-vllm, or python benchmarks/row.py LIBRARY for one of the two
 
-As in decode.py the two take turns step by step. In transformers they share all layers, which are the same bit for bit, and each has
-an output matrix of its own; in vLLM they are two engines in one process.
+As in decode.py the two take turns step by step. They share all layers, which are the same bit for bit, and each has an output matrix
+of its own; in vLLM they are two engines in one process. Of two engines that are the same the one that was made first is slower here,
+its output matrix too, so each order has a process of its own, and the speed is the geometric mean of both.
 """
 import os, sys
 
-os.environ['VLLM_ENABLE_V1_MULTIPROCESSING'] = '0' # one step of an engine is one call
+os.environ |= dict(VLLM_ENABLE_V1_MULTIPROCESSING='0', VLLM_CPU_KVCACHE_SPACE='1') # one step of an engine is one call
 
 import itertools, json, tempfile, time
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np, torch, transformers
 from decode import figure, heads_turn, MODEL, SETTINGS, SKIP, speed, STEPS, T, vllm
-from run import turns
+from run import compared, turns
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from simpledeco.decode import sampling
@@ -23,7 +25,7 @@ from simpledeco.fold import fold, RowTemperature
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model, sizes
 
-CALLS = {1: 20, 16: 12, 64: 6} # batch: calls of so many steps
+CALLS = dict(transformers={1: 20, 16: 12, 64: 6}, vllm={1: 8, 16: 5, 64: 2}) # batch: calls of so many steps; in vLLM in each order
 PROMPT = 'The capital of France is'
 FILE = Path(__file__).parent/'row.json'
 
@@ -61,30 +63,45 @@ def in_transformers(source, made, head, batch, calls):
     return speed(generate, calls, batch)
 
 
-def engines(source, made):
-    "(engine, settings of a request) of static min-p and of the row"
+def engines(folders, order):
+    "(engine, settings of a request) of static min-p and of the row, which are made in this order and whose layers read the same weights"
     asked = partial(vllm.SamplingParams, max_tokens=SKIP + STEPS + 1, ignore_eos=True, top_k=0)
-    row = vllm.LLM(str(made), **SETTINGS, logits_processors=['simpledeco.vllm:RowTemperature'])
-    return (vllm.LLM(str(source), **SETTINGS).llm_engine, asked(temperature=T, min_p=.1)), (row.llm_engine, asked(temperature=1))
+    processors = dict(row=['simpledeco.vllm:RowTemperature'], static=None)
+    llms = {name: vllm.LLM(str(folders[name]), **SETTINGS, logits_processors=processors[name]) for name in order}
+    layers = [llm.apply_model(lambda model: model)[0].model.layers.modules() for llm in llms.values()]
+    for first,second in zip(*layers, strict=True):
+        if hasattr(first, 'cpu_linear'): second.cpu_linear = first.cpu_linear # which holds the weights, as this CPU wants them
+    return (llms['static'].llm_engine, asked(temperature=T, min_p=.1)), (llms['row'].llm_engine, asked(temperature=1))
 
 
-def in_vllm(both, batch, calls):
+def steps(both, batch, calls):
+    "Seconds that a step takes [n, 2]; the first call warms up"
     names, pairs = itertools.count(), []
     for _ in range(1 + calls):
         for (engine, params),_ in itertools.product(both, range(batch)): engine.add_request(str(next(names)), PROMPT, params)
         pairs.append(turns(*(lambda _, engine=engine: engine.step() for engine,_ in both), STEPS, warm=SKIP))
         for engine,_ in both:
             while engine.has_unfinished_requests(): engine.step()
-    return figure(np.concatenate(pairs[1:]), batch) # the first call warms up
+    return np.concatenate(pairs[1:])
+
+
+def in_vllm(folders, order):
+    "Seconds of both for every size of the batch"
+    both = engines(folders, order)
+    return [steps(both, batch, calls) for batch,calls in CALLS['vllm'].items()]
 
 
 def measure(library, tmp):
     "(batch, figure) for every size of the batch"
     made, head = folded(MODEL, tmp)
-    if library == 'vllm':
-        both = engines(MODEL, made)
-        return ((batch, in_vllm(both, batch, calls)) for batch,calls in CALLS.items())
-    return ((batch, in_transformers(MODEL, made, head, batch, calls)) for batch,calls in CALLS.items())
+    if library == 'transformers':
+        for batch,calls in CALLS[library].items(): yield batch, in_transformers(MODEL, made, head, batch, calls)
+        return
+    with get_context('spawn').Pool(1, maxtasksperchild=1) as pool: # one process after the other
+        orders = pool.map(partial(in_vllm, dict(row=made, static=MODEL)), (('static', 'row'), ('row', 'static')), chunksize=1)
+    for batch,*pairs in zip(CALLS[library], *orders):
+        of_orders = dict(made_second=compared(pairs[0])[0]['ratio'], made_first=compared(pairs[1])[0]['ratio'])
+        yield batch, figure(np.sqrt(pairs[0]*pairs[1]), batch) | of_orders
 
 
 if __name__ == '__main__':

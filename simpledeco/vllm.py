@@ -240,13 +240,14 @@ def uncapped(
 
 
 def temper_rows(
-    logits:torch.Tensor, # [R, V] float32, of a folded model; changed in place
+    logits:torch.Tensor, # [R, V] float32, of a folded model; changed in place unless it is a slice
     scale:torch.Tensor, # [R] float32; 0: no head
     depth:torch.Tensor, # [R] float32, nats below the largest logit at which min-p cuts
     settings:dict, # of the row, as from `read_row`
 )->torch.Tensor: # [R, V]: divided, -inf in the row and where min-p cuts
     "Each row of logits at the temperature that it holds"
-    s, held = settings, logits[:, settings['row']].clone()
+    s, logits = settings, logits.contiguous() # a slice of padded ones would be copied again by who draws
+    held = logits[:, s['row']].clone()
     T = scale*s['scale']*(uncapped(held, s.get('cap')) + s['b']).clamp(s['t_min'], s['t_max'])
     logits.div_(torch.where((scale > 0) & held.isfinite(), T, 1.0)[:, None]) # a grammar masks the row before it is read
     logits[:, s['row']] = -torch.inf
