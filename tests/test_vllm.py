@@ -132,17 +132,19 @@ def test_prompts_are_scored_at_the_heads_temperature(reference, served, ours, pr
     torch.testing.assert_close(found, wanted[:-1].gather(1, ids[0, 1:, None])[:, 0], rtol=.01, atol=.01)
 
 
+UNEVEN = 'Monday, Tuesday, Wednesday, Thursday,' # after which the temperature of this head is far from 1
+
 @pytest.mark.parametrize('how', ['structured output', 'allowed tokens'])
-def test_structured_output(reference, served, ours, prompts, how):
+def test_structured_output(reference, served, ours, how):
     "One of the words, and its first token has the head's temperature"
     from vllm.sampling_params import StructuredOutputsParams
     words = ['In', 'The', 'As', 'Beneath']
     taken = beginnings(reference[1], words)
     asked = (dict(structured_outputs=StructuredOutputsParams(choice=words)) if how == 'structured output'
              else dict(allowed_token_ids=taken.tolist(), max_tokens=1))
-    outs = [o for x in ours.generate(prompts[1:2]*8, vllm.SamplingParams(n=64, min_p=.1, **asked), use_tqdm=False) for o in x.outputs]
+    outs = [o for x in ours.generate([UNEVEN]*8, vllm.SamplingParams(n=64, min_p=.1, **asked), use_tqdm=False) for o in x.outputs]
     assert how == 'allowed tokens' or {o.text for o in outs} <= set(words)
-    z, T, _ = expected(reference, served['logits'][0], prompts[1], [0])
+    z, T, _ = expected(reference, served['logits'][0], UNEVEN, [0])
     drawn = torch.tensor([o.token_ids[0] for o in outs])
     only = torch.full_like(z[0], -torch.inf).index_copy(0, taken, z[0, taken])
     assert fits(drawn, min_p_filter(only/T[0], .1).softmax(-1)) > 1e-4
