@@ -1,9 +1,10 @@
 """Decode speed of a folded model with its processor over static min-p in the model itself, in transformers and in vLLM. Writes
 benchmarks/row.json. Run: make bench-vllm, or python benchmarks/row.py LIBRARY for one of the two
 
-As in decode.py the two take turns step by step. They share all layers, which are the same bit for bit, and each has an output matrix
-of its own; in vLLM they are two engines in one process. Of two engines that are the same the one that was made first is slower here,
-its output matrix too, so each order has a process of its own, and the speed is the geometric mean of both.
+As in decode.py the two take turns step by step. They share all layers, which are the same bit for bit,
+and each has an output matrix of its own; in vLLM they are two engines in one process. Of two engines
+that are the same the one that was made first is slower here, its output matrix too, so each order has a
+process of its own, and the speed is the geometric mean of both.
 """
 import os, sys
 
@@ -25,7 +26,8 @@ from simpledeco.fold import fold, RowTemperature
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, load_model, sizes
 
-CALLS = dict(transformers={1: 20, 16: 12, 64: 6}, vllm={1: 8, 16: 5, 64: 2}) # batch: calls of so many steps; in vLLM in each order
+# batch: calls of so many steps; in vLLM in each order
+CALLS = dict(transformers={1: 20, 16: 12, 64: 6}, vllm={1: 8, 16: 5, 64: 2})
 PROMPT = 'The capital of France is'
 FILE = Path(__file__).parent/'row.json'
 
@@ -64,13 +66,15 @@ def in_transformers(source, made, head, batch, calls):
 
 
 def engines(folders, order):
-    "(engine, settings of a request) of static min-p and of the row, which are made in this order and whose layers read the same weights"
+    """(engine, settings of a request) of static min-p and of the row, which are made in this order and
+    whose layers read the same weights"""
     asked = partial(vllm.SamplingParams, max_tokens=SKIP + STEPS + 1, ignore_eos=True, top_k=0)
     processors = dict(row=['simpledeco.vllm:RowTemperature'], static=None)
     llms = {name: vllm.LLM(str(folders[name]), **SETTINGS, logits_processors=processors[name]) for name in order}
     layers = [llm.apply_model(lambda model: model)[0].model.layers.modules() for llm in llms.values()]
     for first,second in zip(*layers, strict=True):
-        if hasattr(first, 'cpu_linear'): second.cpu_linear = first.cpu_linear # which holds the weights, as this CPU wants them
+        # which holds the weights, in the form that this CPU wants
+        if hasattr(first, 'cpu_linear'): second.cpu_linear = first.cpu_linear
     return (llms['static'].llm_engine, asked(temperature=T, min_p=.1)), (llms['row'].llm_engine, asked(temperature=1))
 
 
