@@ -337,7 +337,8 @@ def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 0.7'):
 def rungs_further_table(c, base='static, min-p', ours='by token'):
     "All decoders that were asked about the places of `further`, and these places alone, at each variety"
     gains = c.again('rungs_gains')[lambda x: x.task == 'further']
-    pairs = [(d, base) for d in dict.fromkeys(gains[gains.rival == base].decoder)], [(ours, r) for r in dict.fromkeys(gains.rival) if r != base]
+    pairs = ([(d, base) for d in dict.fromkeys(gains[gains.rival == base].decoder)],
+             [(ours, r) for r in dict.fromkeys(gains.rival) if r != base])
     row = lambda d, r: [gain_cell(gains[(gains.decoder == d) & (gains.rival == r) & (gains['at'] == at)]) for at in AT]
     over, under = ([[named(d if r == base else f'{d}, over {r}'), *row(d, r)] for d,r in some] for some in pairs)
     return table_tex(['', *map(named, AT)], [*over, None, *under], 'l' + 'r'*len(AT))
@@ -363,7 +364,8 @@ def of_both(c): # {model: gains at equal variety, and on the valid sets}
         rows = [(SETS, '', *k.split(' over '), r['mean'], r['lo'], r['hi'], 1.)
                 for k,r in (found['oracles'] | found['gains']).items() if ' over ' in k]
         columns = ['task', 'at', 'decoder', 'rival', 'gain', 'lo', 'hi', 'reached']
-        yield model, pd.concat([c._replace(folder=c.folder.with_name(ladder)).again('rungs_gains')[columns], pd.DataFrame(rows, columns=columns)])
+        gains = c._replace(folder=c.folder.with_name(ladder)).again('rungs_gains')
+        yield model, pd.concat([gains[columns], pd.DataFrame(rows, columns=columns)])
 
 def claims_table(c):
     "What was claimed of both models, and on which it holds"
