@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from simpledeco.files import read_json, write_json
+from simpledeco.files import read_json
 from simpledeco.study.pipeline import LONG
 from simpledeco.study.plan import AT, ladder_gains, PAIRS, RESAMPLES, TASKS
 from simpledeco.study.results import read_table, results_folder, save_results, stamp
@@ -58,6 +58,6 @@ if __name__ == '__main__':
     for model in ('rungs', 'gemma'):
         all_of = dict(comparisons(asked(root, model)))
         found[model] = {at: corrected({k: x for k,x in all_of.items() if k[-1] == at}) for at in AT}
-    write_json(Path(__file__).parent/'many.json', dict(bootstrap=RESAMPLES, models=found))
+    (Path(__file__).parent/'many.json').write_text(json.dumps(dict(bootstrap=RESAMPLES, models=found), indent=1) + '\n')
     for model,x in found.items():
         for at,f in x.items(): print(model, at, {k: f[k] for k in ('comparisons', 'alone', 'together', 'least_p')}, f['survivors'])

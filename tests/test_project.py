@@ -172,13 +172,12 @@ def numbers_in(text): return re.findall(r'\\(num|pct|est|gain)\{([^}]+)\}', text
 
 @pytest.mark.parametrize('piece', FLOATS, ids=label_of)
 def test_a_caption_names_the_results_that_it_shows(piece):
-    "Stage and profile, with a file that exists, and of the same profile as the generated files that are shown, or one that asked again"
+    "Stage and profile, with a file that exists, and of the same profile as the generated files that are shown"
     caption = piece[piece.index(r'\caption'):]
     files = files_of(uncommented(caption))
     assert files, 'no \\source{stage}{profile} in the caption'
     for f in files: assert (ROOT/f).exists(), f
-    named = {f.split('/')[1] for f in files}
-    assert {f.split('/')[1] for f in drawn_in(piece)} <= named | {x.split('-')[0] for x in named}
+    assert {f.split('/')[1] for f in drawn_in(piece)} <= {f.split('/')[1] for f in files}
     missing = {source_of(k) for _,k in numbers_in(piece)} - files
     assert not missing, f'numbers of {missing}, which the caption does not name'
 

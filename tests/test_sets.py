@@ -106,4 +106,3 @@ def test_the_family_is_all_of_the_ladder():
             assert len(there) == found['comparisons'] > 15
             assert abs((there.lo*there.hi > 0).sum() - found['alone']) <= 1, 'a p-value of .05 is the edge of the interval'
             assert found['together'] <= found['alone'] <= found['comparisons']
-
