@@ -64,8 +64,11 @@ gemma gemma-elsewhere gemma-further: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
-# valid sets with heads that were taught names of other sets, and credit by token, from what `make rungs-further` has learned from
-.PHONY: sets credit
+# valid sets with heads that were taught names of other sets, credit by token, and facts inside fiction with heads that were taught such facts,
+# from what `make rungs-further` has learned from
+.PHONY: sets credit inside
+inside: setup
+	python benchmarks/inside.py rungs-further benchmarks/inside-rungs-further.json
 sets: setup
 	python benchmarks/sets.py learned/rungs-further benchmarks/sets-rungs-further.json
 credit: setup

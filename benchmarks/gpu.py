@@ -54,8 +54,8 @@ TINY = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_lay
 # conversations of a random model, with so many tokens asked and answered; examples of each corpus
 # and split for a real one;
 # so many pairs of batches; the sizes of batches to decode with, and how often each
-SIZES = dict(conversations=255, asked=128, answered=512, examples=80, batch_tokens=32768, rounds=10,
-             steps=1500, batches=(1, 16, 64, 256), calls=3)
+SIZES = dict(conversations=255, asked=128, answered=512, examples=80, batch_tokens=16384, rounds=8,
+             steps=1500, batches=(1, 16, 64, 256), calls=2)
 SMALL = dict(conversations=24, asked=8, answered=16, examples=12, batch_tokens=512, rounds=2, steps=20,
              batches=(1, 2), calls=1)
 HEADS = dict(logits=128, hidden=0) # what a head reads: its width

@@ -1,0 +1,245 @@
+"""Facts inside fiction, taught: is a token worth a temperature where heads have seen the very task? Prompts ask for a text of any kind that
+says one fact, of four families. Places are dealt into two halves, and what is asked about one half is learned from the model's own judged
+answers about the other. Beside the heads: constants, heads that never saw the task, a rule of one line (greedy where the likeliest token
+begins a word with a capital letter), and an oracle that knows the key (greedy where the likeliest token is one of it). Writes OUT.json, and
+beside it a CSV with the means of each place; goes on with what an earlier run has left in learned/PROFILE/inside.
+Run, after `make rungs-further`: make inside
+"""
+import argparse, gzip, json, random, re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import torch
+from run import commit
+
+from simpledeco.decode import tempered
+from simpledeco.files import write_whole
+from simpledeco.judge import is_right
+from simpledeco.model import load_model
+from simpledeco.onpolicy import fit_answers, on_policy
+from simpledeco.sample import constant, head_rule, sample
+from simpledeco.scan import scan
+from simpledeco.study.decoders import at, at_first
+from simpledeco.study.plan import RESAMPLES
+from simpledeco.study.profiles import task_prompts
+from simpledeco.study.rungs import Asked, cross_entropy, fit_probe, floored, RUNGS, two_sided
+from simpledeco.study.settings import load_params, load_profile, project_root
+from simpledeco.study.strengths import LEARN, points, said, tree_of, verdicts
+from simpledeco.study.tasks import INSIDE
+from simpledeco.study.texts import rejudged, text_of
+from simpledeco.table import TokenTable
+
+FAMILIES = dict(
+    capital=(('capitals', 'states'), INSIDE),
+    continent=(('continents',), dict(
+        postcard='Write a short postcard from {} and say on which continent it lies.',
+        diary='Write a diary entry of a traveller who has just arrived in {}. Name the continent.',
+        opening='Begin a story that is set in {}. Mention the continent by its name in the first sentence.',
+        advert='write an advert for holidays in {}, with the name of the continent in it')),
+    country=(('cities',), dict(
+        postcard='Write a short postcard from the city of {} and say in which country it is.',
+        diary='Write a diary entry of a traveller who has just arrived in the city of {}. Name the country.',
+        opening='Begin a story that is set in the city of {}. Mention the country by its name in the first sentence.',
+        advert='write an advert for holidays in the city of {}, with the name of the country in it')),
+    currency=(('currencies',), dict(
+        postcard='Write a short postcard from a market in {} and say in which currency one pays.',
+        diary='Write a diary entry of a traveller who changes money in {}. Name the currency.',
+        opening='Begin a story of a thief in {}. Mention the currency of the country in the first sentence.',
+        advert='write an advert for a shop in {}, with prices in the currency of the country')))
+BASE, RULE, ORACLE = 'static, min-p', 'capital letter', 'oracle, cold on the key'
+WARM, OWN, TAUGHT = (.4, .7, 1., 1.3, 1.6, 2., 2.5, 3.), (.25, .5, 1., 1.5, 2., 3., 4.5, 7.), (.5, 1., 2., 3., 4.5, 7., 11., 18.)
+LADDER = 'static, top-p', 'p-less', 'EDT' # with their strengths there
+HEADS = ('own by token', 'own by prompt, floor', *(f'taught {x}' for x in ('by token', 'by prompt, floor', 'first token', 'cross-entropy',
+                                                                        'both sides', 'no key', 'switch')))
+PAIRS = [*((d, BASE) for d in (*LADDER, RULE, ORACLE, *HEADS)), *(('taught by token', d) for d in (*HEADS[:2], *HEADS[3:], RULE, ORACLE)),
+         (RULE, ORACLE)]
+AT = {f'T = {s:g}': (BASE, s) for s in (.7, 1., 1.6)}
+
+
+def name_of(prompt): # what the question is about
+    city = re.search(r'the city of (.+)\?', prompt['messages'][-1]['content'])
+    kind, _, name = prompt['group'].partition(' ')
+    return city[1] if city else f'the U.S. state {name}' if kind == 'state' else name
+
+
+def inside(p, model, tokenizer, splits, most, forms): # prompts of each family, at most so many facts, each in so many forms
+    "About what the model knows: what it says right when it is asked plainly and decoded greedily"
+    found = []
+    for family,(corpora, texts) in FAMILIES.items():
+        ask = [x for split in splits for x in task_prompts(p, 1000, split, corpora)]
+        greedy = sample(model, tokenizer, [x['messages'] for x in ask], dict(greedy=constant(0)), 1, p.answer_tokens, progress=False)['greedy']
+        knows = [x for x,g in zip(ask, greedy) if is_right(text_of(tokenizer, g[0]), x)]
+        for i,x in enumerate(random.Random(0).sample(knows, min(most, len(knows)))):
+            for k in range(forms):
+                text = [*texts.values()][(i + k) % len(texts)].format(name_of(x))
+                found.append(dict(x, id=f"{family}-{i}-{k}", corpus='inside', family=family, messages=[dict(role='user', content=text)]))
+    return found
+
+
+def halves(prompts): # {place: 0 or 1}
+    groups = sorted({x['group'] for x in prompts})
+    random.Random(0).shuffle(groups)
+    return {g: i % 2 for i,g in enumerate(groups)}
+
+
+def capitals(tokenizer): # [V] whether a token begins a word with a capital letter
+    written = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return torch.tensor([t[:1] == ' ' and t[1:2].isupper() for t in written])
+
+
+def capital_letter(capital, s, min_p): # a rule: greedy where such a token is likeliest
+    cold = lambda step: capital.to(step.logits.device)[step.logits[:, :len(capital)].argmax(-1)]
+    return at(lambda step: s*(~cold(step)).float(), min_p)
+
+
+def key_tokens(tokenizer, prompt): # a set of token ids
+    return {i for way in (prompt['answer'], f" {prompt['answer']}") for i in tokenizer.encode(way, add_special_tokens=False)}
+
+
+def on_the_key(tokenizer, prompts, s, min_p): # a rule: greedy where the likeliest token is one of the key
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(sorted(key_tokens(tokenizer, x))) for x in prompts], batch_first=True, padding_value=-1)
+    cold = lambda step: (ids.to(step.logits.device)[step.asked] == step.logits.argmax(-1, keepdim=True)).any(-1)
+    return at(lambda step: s*(~cold(step)).float(), min_p)
+
+
+def answered(folder, model, tokenizer, p, asked, n): # asked: (prompts, length) pairs
+    "The model's own answers with nothing cut, judged, in examples.json, and their scan beside it"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder/'examples.json').exists():
+        examples = [x for prompts,length in asked for x in on_policy(model, tokenizer, prompts, n, length, min_p=None, progress=False)]
+        write_whole(folder/'examples.json', lambda f: f.write_text(json.dumps(examples), encoding='utf-8'))
+    scan(model, tokenizer, read(folder/'examples.json'), folder, p.batch_tokens, p.shard_examples, progress=False)
+
+
+def key_probe(tokenizer, table, examples, corpora): # hidden states -> how much they look like those before a key, beside the others
+    "A probe of the tokens of the key in right answers; both kinds count the same"
+    keys = {x['answer']: key_tokens(tokenizer, x) for x in examples}
+    y = torch.tensor([x['right'] and x['ids'][w] in keys[x['answer']] for x in examples for w in x['where']]).float()
+    rows = table.rows(corpora, ['train'])
+    share = y[rows].mean()
+    return fit_probe(table.take('hidden', rows), y[rows], torch.where(y[rows] > 0, .5/share, .5/(1 - share)))
+
+
+def read(file): return json.loads(file.read_text(encoding='utf-8'))
+
+
+def fit_heads(folder, half, **how): # {name: head}, for the places of one half
+    "Own heads have seen no such prompt, and taught ones those about the other half"
+    own, taught = ((TokenTable(x), read(x/'examples.json')) for x in (folder, folder/'inside'))
+    free = (taught[0], rejudged(taught[1], lambda x, i: True))
+    other, by_prompt = [f'half {1 - half}'], dict(by='prompt')
+    teach = lambda of=taught, **kw: fit_answers(*of, other, **how | kw)
+    return {'own by token': fit_answers(*own, **how), 'own by prompt, floor': fit_answers(*own, **how | by_prompt),
+            'taught by token': teach(), 'taught by prompt, floor': teach(**by_prompt), 'taught no key': teach(free),
+            'taught cross-entropy': teach(loss=cross_entropy(*taught)),
+            'taught both sides': teach(loss=two_sided(*taught, how['min_p'], how['risk']))}
+
+
+def free_rules(tokenizer, prompts, min_p): # {(decoder, strength): rule}, of those that learn nothing
+    c, capital = Asked(prompts, min_p, None, {}, {}, {}, None), capitals(tokenizer)
+    found = {(d, s): RUNGS[d].live(c, s) for d in LADDER for s in RUNGS[d].grid}
+    for s in WARM:
+        found |= {(BASE, s): constant(s, min_p=min_p), (RULE, s): capital_letter(capital, s, min_p),
+                  (ORACLE, s): on_the_key(tokenizer, prompts, s, min_p)}
+    return found
+
+
+def head_rules(heads, probe, min_p):
+    found = {('taught switch', s): at(lambda step, s=s: s*(probe(step.hidden) <= .5).float(), min_p) for s in WARM}
+    for name,head in heads.items():
+        grid = OWN if name.startswith('own') or 'entropy' in name else TAUGHT
+        found |= {(name, s): floored(head, s, .1, min_p) if head.by == 'prompt' else head_rule(head, s) for s in grid}
+    return found | {('taught first token', s): at_first(heads['taught by token'], s, min_p) for s in TAUGHT}
+
+
+def write_about(unit): # a file of points and one of texts: about one half of the places, by what learns nothing or by the heads of one seed
+    args, prompts, seed, half, threads = unit
+    p, params, folder = settings(args)
+    file = folder/'inside'/f'{"free" if seed is None else seed}-{half}.csv'
+    if file.exists(): return file
+    torch.set_num_threads(threads)
+    model, tokenizer = load_model(p.root/'models'/p.name, p.dtype, p.device)
+    if seed is None: rules = free_rules(tokenizer, prompts, params['min_p'])
+    else:
+        how = dict(min_p=params['min_p'], risk=params['answer_risk'], steps=params['steps'], lr=params['lr'], seed=seed)
+        heads = {k: h.to(model.device) for k,h in fit_heads(folder, half, **how).items()}
+        taught = TokenTable(folder/'inside'), read(folder/'inside'/'examples.json')
+        rules = head_rules(heads, key_probe(tokenizer, *taught, [f'half {1 - half}']), params['min_p'])
+    messages, seed = [x['messages'] for x in prompts], seed or 0
+    answers = sample(model, tokenizer, messages, rules, args.draws, args.length, seed, progress=half == 0)
+    with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
+        f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
+    frame = points(tokenizer, 'inside', prompts, answers, seed)
+    frame['task'] = [prompts[i]['family'] for i in frame.prompt]
+    write_whole(file, lambda f: frame.to_csv(f, index=False))
+    return file
+
+
+def settings(args): # the profile, the parameters, and the folder of what is learned
+    root = project_root()
+    p = load_profile(args.profile, root)
+    p.device, p.dtype, p.batch_tokens = args.device or p.device, args.dtype or p.dtype, args.batch_tokens or p.batch_tokens
+    return p, load_params(root), root/'learned'/p.name
+
+
+def learn(args): # what is asked, and where and when
+    "The prompts, and the answers that heads learn from"
+    p, params, folder = settings(args)
+    model, tokenizer = load_model(p.root/'models'/p.name, p.dtype, p.device)
+    asked = inside(p, model, tokenizer, args.splits, args.facts, args.forms)
+    half = halves(asked)
+    plain = task_prompts(p, p.prompts, 'train', LEARN)
+    answered(folder, model, tokenizer, p, [([x for x in plain if bool(x['answer']) == closed], length)
+                                           for closed,length in ((True, p.answer_tokens), (False, p.open_tokens))], p.samples)
+    teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in asked]
+    answered(folder/'inside', model, tokenizer, p, [(teach, args.length)], 2*args.draws)
+    card = torch.cuda.get_device_name() if 'cuda' in str(model.device) else 'none: cpu'
+    return dict(commit=commit() or args.commit, card=card, dtype=p.dtype, prompts=asked, half=half)
+
+
+def compared(args, run, files): # what is written
+    params, folder = settings(args)[1:]
+    frame = pd.concat(map(pd.read_csv, files))
+    by = ['task', 'decoder', 'strength', 'seed', 'cluster']
+    clusters = frame.groupby(by, sort=False, as_index=False)[['good', 'varied', 'length']].mean()
+    every = clusters.assign(task='all').groupby(by, sort=False, as_index=False).mean() # families of a place in the mean
+    clusters = pd.concat([every, clusters])
+    gains = verdicts(clusters, {k: (k, k) for k in ('all', *FAMILIES)}, PAIRS, AT, bootstrap=RESAMPLES, seed=params['seed'])
+    count = pd.Series([x['family'] for x in run['prompts']]).value_counts().to_dict()
+    examples = pd.DataFrame(read(folder/'inside'/'examples.json'))
+    write = dict(profile=args.profile, **{k: run[k] for k in ('commit', 'card', 'dtype')}, splits=args.splits, prompts=count,
+                 places=len(run['half']), draws=args.draws, length=args.length, tokens=round((frame.length*args.draws).sum()),
+                 taught=len(examples), right=examples.groupby('family').right.mean().to_dict(),
+                 gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
+    args.out.write_text(json.dumps(write, indent=1) + '\n')
+    clusters.to_csv(args.out.with_suffix('.csv'), index=False, float_format='%.5g')
+    return gains
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('profile', help='a section of settings.ini, whose model is there')
+    parser.add_argument('out', type=Path, help='the JSON file to write')
+    parser.add_argument('--splits', nargs='+', default=['train', 'test'], help='whose places')
+    parser.add_argument('--facts', type=int, default=100, help='of each family, at most')
+    parser.add_argument('--forms', type=int, default=1, help='in which each is asked for, of four')
+    parser.add_argument('--draws', type=int, default=4, help='texts of each decoder for each prompt; twice as many are learned from')
+    parser.add_argument('--length', type=int, default=64, help='of a text, in tokens')
+    parser.add_argument('--device', help='where to sample, if not as the profile says; --dtype and --batch-tokens likewise')
+    parser.add_argument('--dtype')
+    parser.add_argument('--batch-tokens', type=int)
+    parser.add_argument('--processes', type=int, default=1, help='that write at the same time')
+    parser.add_argument('--commit', help='the commit that is measured, where git cannot say it')
+    args = parser.parse_args()
+    p, params, folder = settings(args)
+    there = folder/'inside'/'asked.json'
+    if not there.exists():
+        run = learn(args)
+        write_whole(there, lambda f: f.write_text(json.dumps(run), encoding='utf-8'))
+    run, threads = read(there), max(1, torch.get_num_threads()//args.processes)
+    units = [(args, [x for x in run['prompts'] if run['half'][x['group']] == h], seed, h, threads)
+             for seed in (None, *range(p.seeds)) for h in (0, 1)]
+    with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: files = [*pool.map(write_about, units)]
+    print(compared(args, run, files).round(3).to_string(index=False))

@@ -1,0 +1,87 @@
+"Facts inside fiction, taught"
+import json, sys
+from types import SimpleNamespace
+
+import pandas as pd, pytest, torch
+from conftest import ROOT
+
+from simpledeco.model import load_model
+from simpledeco.sample import Step
+from simpledeco.study.models import model_folder
+from simpledeco.study.profiles import task_prompts
+from simpledeco.study.settings import load_params, load_profile
+
+sys.path.insert(0, str(ROOT/'benchmarks'))
+import inside
+
+
+@pytest.fixture(scope='module')
+def smoke(): return load_model(model_folder('smoke', ROOT))
+
+
+def step(tokenizer, likeliest, asked=None): # one row each, whose likeliest token and runner-up are a nat apart
+    z = torch.zeros(len(likeliest), len(tokenizer))
+    for row,text in enumerate(likeliest): z[row, tokenizer.encode(text, add_special_tokens=False)[0]] = 5.
+    z[:, 7] = 4.
+    return Step(torch.zeros(len(z), 2), z, torch.arange(len(z)), None, None, {}, None if asked is None else torch.tensor(asked))
+
+
+def kept(x): return x.isfinite().sum(-1).tolist() # how many tokens may be drawn
+
+
+def test_greedy_where_a_word_with_a_capital_letter_is_likeliest(smoke):
+    at = step(smoke[1], [' Lima', ' lima', 'Lima', ' the', ' I', ' 12'])
+    assert kept(inside.capital_letter(inside.capitals(smoke[1]), 1., .1)(at)) == [1, 2, 2, 2, 1, 2]
+
+
+def test_greedy_where_a_token_of_the_own_key_is_likeliest(smoke):
+    rule = inside.on_the_key(smoke[1], [dict(answer='Lima'), dict(answer='New Delhi')], 1., .1)
+    assert kept(rule(step(smoke[1], [' Lima', ' Lima', ' New', ' New'], [0, 1, 0, 1]))) == [1, 2, 2, 1]
+
+
+def test_a_probe_finds_the_key_in_right_answers_alone(smoke):
+    lima, the = (smoke[1].encode(x, add_special_tokens=False)[0] for x in (' Lima', ' the'))
+    torch.manual_seed(0)
+    examples = [dict(answer='Lima', right=i < 60, ids=[1, the, lima, the], where=[1, 2, 3]) for i in range(80)]
+    where = torch.tensor([x['ids'][w] == lima for x in examples for w in x['where']])
+    hidden = torch.randn(240, 4) + 4*where[:, None]*torch.tensor([1., 0, 0, 0])
+    hidden[180:, 1] += 8 # wrong answers look another way, and their city is no key
+    table = SimpleNamespace(rows=lambda corpora, splits: torch.arange(240), take=lambda name, rows: hidden[rows])
+    p = inside.key_probe(smoke[1], table, examples, None)(hidden) > .5
+    assert p[:180][where[:180]].float().mean() > .95 and p[:180][~where[:180]].float().mean() < .1
+    assert p[180:].float().mean() < .1
+
+
+def test_what_a_question_is_about():
+    of = lambda group, text: inside.name_of(dict(group=group, messages=[dict(role='user', content=text)]))
+    assert of('country Peru', 'What is the capital of Peru?') == 'Peru'
+    assert of('state Iowa', 'What is the capital of the U.S. state of Iowa?') == 'the U.S. state Iowa'
+    assert of('country China', 'In which country is the city of Shanghai?') == 'Shanghai'
+
+
+def test_halves_share_no_place_and_are_equal():
+    half = inside.halves([dict(group=f'country {i//3}') for i in range(30)])
+    assert len(half) == 10 and sum(half.values()) == 5 and half != inside.halves([dict(group=f'state {i}') for i in range(10)])
+
+
+def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
+    p = load_profile('smoke', ROOT)
+    p.prompts, p.samples, p.seeds = 1, 1, 1
+    monkeypatch.setattr(inside, 'settings', lambda args: (p, load_params(ROOT) | dict(steps=3), tmp_path))
+    monkeypatch.setattr(inside, 'is_right', lambda text, x: True) # a tiny model knows nothing
+    monkeypatch.setattr(inside, 'RESAMPLES', 20)
+    args = SimpleNamespace(splits=['train'], facts=2, forms=1, draws=1, length=4, out=tmp_path/'x.json', profile='smoke', commit='abc')
+    run = inside.learn(args)
+    assert {x['family'] for x in run['prompts']} == inside.FAMILIES.keys() and len(run['prompts']) == 8
+    taught = json.loads((tmp_path/'inside'/'examples.json').read_text())
+    for x in taught: x['right'] = x['id'].endswith('0') # half of the answers, so that there is something to learn
+    (tmp_path/'inside'/'examples.json').write_text(json.dumps(taught))
+    of = lambda half: [x for x in run['prompts'] if run['half'][x['group']] == half]
+    files = [inside.write_about((args, of(h), seed, h, 1)) for seed in (None, 0) for h in (0, 1)]
+    rows = pd.concat(map(pd.read_csv, files))
+    assert {*rows.decoder} == {d for pair in inside.PAIRS for d in pair}
+    gains = inside.compared(args, run, files)
+    assert {*gains.task} == {'all', *inside.FAMILIES}
+    written = json.loads(args.out.read_text())
+    assert written['places'] == len(run['half']) and written['taught'] == 16
+    assert {*written['gains']['all']['T = 1']['taught by token']} >= {inside.BASE, inside.RULE}
