@@ -168,7 +168,7 @@ def write_about(unit): # a file of points and one of texts: about one half of th
         taught = TokenTable(folder/'inside'), read(folder/'inside'/'examples.json')
         rules = head_rules(heads, key_probe(tokenizer, *taught, [f'half {1 - half}']), params['min_p'])
     messages, seed = [x['messages'] for x in prompts], seed or 0
-    answers = sample(model, tokenizer, messages, rules, args.draws, args.length, seed, progress=half == 0)
+    answers = sample(model, tokenizer, messages, rules, args.draws, args.length, seed, args.rows, progress=half == 0)
     with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
         f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
     frame = points(tokenizer, 'inside', prompts, answers, seed)
@@ -230,6 +230,7 @@ if __name__ == '__main__':
     parser.add_argument('--device', help='where to sample, if not as the profile says; --dtype and --batch-tokens likewise')
     parser.add_argument('--dtype')
     parser.add_argument('--batch-tokens', type=int)
+    parser.add_argument('--rows', type=int, help='of a batch, if not as `sample` chooses')
     parser.add_argument('--processes', type=int, default=1, help='that write at the same time')
     parser.add_argument('--commit', help='the commit that is measured, where git cannot say it')
     args = parser.parse_args()
