@@ -50,6 +50,7 @@ FAMILIES = dict(
         advert='write an advert for a shop in {}, with prices in the currency of the country')))
 BASE, RULE, ORACLE = 'static, min-p', 'capital letter', 'oracle, cold on the key'
 WARM, OWN, TAUGHT = (.4, .7, 1., 1.3, 1.6, 2., 2.5, 3.), (.25, .5, 1., 1.5, 2., 3., 4.5, 7.), (.5, 1., 2., 3., 4.5, 7., 11., 18.)
+PART = 24 # prompts that are kept together
 LADDER = 'static, top-p', 'p-less', 'EDT' # with their strengths there
 HEADS = ('own by token', 'own by prompt, floor', *(f'taught {x}' for x in ('by token', 'by prompt, floor', 'first token', 'cross-entropy',
                                                                         'both sides', 'no key', 'switch')))
@@ -154,27 +155,35 @@ def head_rules(heads, probe, min_p):
     return found | {('taught first token', s): at_first(heads['taught by token'], s, min_p) for s in TAUGHT}
 
 
-def write_about(unit): # a file of points and one of texts: about one half of the places, by what learns nothing or by the heads of one seed
+def write_about(unit): # files of points, and of texts beside them: about one half of the places, by what learns nothing or by the heads of one seed
     args, prompts, seed, half, threads = unit
     p, params, folder = settings(args)
-    file = folder/'inside'/f'{"free" if seed is None else seed}-{half}.csv'
-    if file.exists(): return file
+    parts = {folder/'inside'/f'{"free" if seed is None else seed}-{half}-{i}.csv': prompts[i:i+PART] for i in range(0, len(prompts), PART)}
+    if all(f.exists() for f in parts): return
     torch.set_num_threads(threads)
     model, tokenizer = load_model(p.root/'models'/p.name, p.dtype, p.device)
-    if seed is None: rules = free_rules(tokenizer, prompts, params['min_p'])
-    else:
+    if seed is not None:
         how = dict(min_p=params['min_p'], risk=params['answer_risk'], steps=params['steps'], lr=params['lr'], seed=seed)
         heads = {k: h.to(model.device) for k,h in fit_heads(folder, half, **how).items()}
         taught = TokenTable(folder/'inside'), read(folder/'inside'/'examples.json')
-        rules = head_rules(heads, key_probe(tokenizer, *taught, [f'half {1 - half}']), params['min_p'])
-    messages, seed = [x['messages'] for x in prompts], seed or 0
-    answers = sample(model, tokenizer, messages, rules, args.draws, args.length, seed, args.rows, progress=half == 0)
-    with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
-        f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
-    frame = points(tokenizer, 'inside', prompts, answers, seed)
-    frame['task'] = [prompts[i]['family'] for i in frame.prompt]
-    write_whole(file, lambda f: frame.to_csv(f, index=False))
-    return file
+        learned = head_rules(heads, key_probe(tokenizer, *taught, [f'half {1 - half}']), params['min_p'])
+    for file,some in parts.items():
+        if file.exists(): continue
+        rules = free_rules(tokenizer, some, params['min_p']) if seed is None else learned
+        answers = sample(model, tokenizer, [x['messages'] for x in some], rules, args.draws, args.length, seed or 0, args.rows, progress=False)
+        with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
+            f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
+        frame = points(tokenizer, 'inside', some, answers, seed or 0)
+        frame['task'] = [some[i]['family'] for i in frame.prompt]
+        write_whole(file, lambda f: frame.to_csv(f, index=False))
+        print(file.name, flush=True)
+
+
+def written(folder, seeds): # the points of what all have answered
+    kinds, files = ['free', *map(str, range(seeds))], {f.stem: f for f in (folder/'inside').glob('*-*-*.csv')}
+    places = {stem.partition('-')[2] for stem in files}
+    whole = [x for x in sorted(places) if all(f'{k}-{x}' in files for k in kinds)]
+    return pd.concat([pd.read_csv(files[f'{k}-{x}']) for k in kinds for x in whole])
 
 
 def settings(args): # the profile, the parameters, and the folder of what is learned
@@ -184,33 +193,46 @@ def settings(args): # the profile, the parameters, and the folder of what is lea
     return p, load_params(root), root/'learned'/p.name
 
 
-def learn(args): # what is asked, and where and when
-    "The prompts, and the answers that heads learn from"
+def ask(args): # {'prompts': prompts, 'half': {place: 0 or 1}}
+    "What is asked, about what the model knows"
+    p = settings(args)[0]
+    asked = inside(p, *load_model(p.root/'models'/p.name, p.dtype, p.device), args.splits, args.facts, args.forms)
+    return dict(prompts=asked, half=halves(asked))
+
+
+def learn(args, prompts, half): # with what, and where
+    "The answers that heads learn from"
     p, params, folder = settings(args)
     model, tokenizer = load_model(p.root/'models'/p.name, p.dtype, p.device)
-    asked = inside(p, model, tokenizer, args.splits, args.facts, args.forms)
-    half = halves(asked)
     plain = task_prompts(p, p.prompts, 'train', LEARN)
     answered(folder, model, tokenizer, p, [([x for x in plain if bool(x['answer']) == closed], length)
                                            for closed,length in ((True, p.answer_tokens), (False, p.open_tokens))], p.samples)
-    teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in asked]
+    teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in prompts]
     answered(folder/'inside', model, tokenizer, p, [(teach, args.length)], 2*args.draws)
     card = torch.cuda.get_device_name() if 'cuda' in str(model.device) else 'none: cpu'
-    return dict(commit=commit() or args.commit, card=card, dtype=p.dtype, prompts=asked, half=half)
+    return dict(commit=commit() or args.commit, card=card, dtype=p.dtype)
 
 
-def compared(args, run, files): # what is written
-    params, folder = settings(args)[1:]
-    frame = pd.concat(map(pd.read_csv, files))
+def kept(file, make): # what is in a JSON file, made where it is not there
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        made = make()
+        write_whole(file, lambda f: f.write_text(json.dumps(made), encoding='utf-8'))
+    return read(file)
+
+
+def compared(args, run): # what is written
+    p, params, folder = settings(args)
+    frame = written(folder, p.seeds)
     by = ['task', 'decoder', 'strength', 'seed', 'cluster']
     clusters = frame.groupby(by, sort=False, as_index=False)[['good', 'varied', 'length']].mean()
     every = clusters.assign(task='all').groupby(by, sort=False, as_index=False).mean() # families of a place in the mean
     clusters = pd.concat([every, clusters])
     gains = verdicts(clusters, {k: (k, k) for k in ('all', *FAMILIES)}, PAIRS, AT, bootstrap=RESAMPLES, seed=params['seed'])
-    count = pd.Series([x['family'] for x in run['prompts']]).value_counts().to_dict()
+    count = frame.groupby('task').apply(lambda x: len(x)//len(x.groupby(['decoder', 'strength', 'seed']))).to_dict()
     examples = pd.DataFrame(read(folder/'inside'/'examples.json'))
     write = dict(profile=args.profile, **{k: run[k] for k in ('commit', 'card', 'dtype')}, splits=args.splits, prompts=count,
-                 places=len(run['half']), draws=args.draws, length=args.length, tokens=round((frame.length*args.draws).sum()),
+                 places=frame.cluster.nunique(), draws=args.draws, length=args.length, tokens=round((frame.length*args.draws).sum()),
                  taught=len(examples), right=examples.groupby('family').right.mean().to_dict(),
                  gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
     args.out.write_text(json.dumps(write, indent=1) + '\n')
@@ -235,12 +257,9 @@ if __name__ == '__main__':
     parser.add_argument('--commit', help='the commit that is measured, where git cannot say it')
     args = parser.parse_args()
     p, params, folder = settings(args)
-    there = folder/'inside'/'asked.json'
-    if not there.exists():
-        run = learn(args)
-        write_whole(there, lambda f: f.write_text(json.dumps(run), encoding='utf-8'))
-    run, threads = read(there), max(1, torch.get_num_threads()//args.processes)
-    units = [(args, [x for x in run['prompts'] if run['half'][x['group']] == h], seed, h, threads)
+    asked = kept(folder/'inside'/'asked.json', lambda: ask(args))
+    run, threads = kept(folder/'inside'/'run.json', lambda: learn(args, **asked)), max(1, torch.get_num_threads()//args.processes)
+    units = [(args, [x for x in asked['prompts'] if asked['half'][x['group']] == h], seed, h, threads)
              for seed in (None, *range(p.seeds)) for h in (0, 1)]
-    with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: files = [*pool.map(write_about, units)]
-    print(compared(args, run, files).round(3).to_string(index=False))
+    with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: [*pool.map(write_about, units)]
+    print(compared(args, run).round(3).to_string(index=False))

@@ -23,7 +23,7 @@ def results(tmp_path_factory):
 
 def test_every_figure_is_there_for_both_models(results):
     steps = [f'decoding, {reads}, batch {b}' for reads in gpu.HEADS for b in gpu.SMALL['batches']]
-    scans = ['pre-scan / bare forward', 'pre-scan in blocks of 1,024 rows / bare forward']
+    scans = ['pre-scan / bare forward', 'pre-scan in blocks of 16 rows / bare forward']
     assert list(results) == list(gpu.SHAPES)
     for found in results.values():
         assert (found['commit'], found['card'], found['tiny']) == ('abc', 'none: cpu', True)
@@ -57,10 +57,10 @@ def test_a_random_model_reads_its_own_likely_tokens(tmp_path):
     assert torch.equal(gpu.bare(m.model, encoded, 'cpu').float().amax(-1), stats['z_max'])
 
 
-def test_larger_blocks_change_no_statistics():
+def test_the_blocks_of_a_gpu_change_no_statistics():
     z, labels = 3*torch.randn(50, 300), torch.randint(300, (50,))
     shipped = gpu.logits.token_statistics(z, labels)
-    with gpu.patch.object(gpu.logits, '_partition', gpu.partial(gpu.logits._partition, rows=gpu.BLOCK)):
+    with gpu.patch.object(gpu.logits, '_partition', gpu.partial(gpu.logits._partition, rows=1024)):
         other = gpu.logits.token_statistics(z, labels)
     for k in shipped: torch.testing.assert_close(shipped[k], other[k])
 

@@ -70,18 +70,22 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     monkeypatch.setattr(inside, 'settings', lambda args: (p, load_params(ROOT) | dict(steps=3), tmp_path))
     monkeypatch.setattr(inside, 'is_right', lambda text, x: True) # a tiny model knows nothing
     monkeypatch.setattr(inside, 'RESAMPLES', 20)
-    args = SimpleNamespace(splits=['train'], facts=2, forms=1, draws=1, length=4, out=tmp_path/'x.json', profile='smoke', commit='abc')
-    run = inside.learn(args)
-    assert {x['family'] for x in run['prompts']} == inside.FAMILIES.keys() and len(run['prompts']) == 8
+    args = SimpleNamespace(splits=['train'], facts=2, forms=1, draws=1, length=4, rows=None, out=tmp_path/'x.json', profile='smoke', commit='abc')
+    asked = inside.ask(args)
+    assert {x['family'] for x in asked['prompts']} == inside.FAMILIES.keys() and len(asked['prompts']) == 8
+    run = inside.learn(args, **asked)
     taught = json.loads((tmp_path/'inside'/'examples.json').read_text())
     for x in taught: x['right'] = x['id'].endswith('0') # half of the answers, so that there is something to learn
     (tmp_path/'inside'/'examples.json').write_text(json.dumps(taught))
-    of = lambda half: [x for x in run['prompts'] if run['half'][x['group']] == half]
-    files = [inside.write_about((args, of(h), seed, h, 1)) for seed in (None, 0) for h in (0, 1)]
-    rows = pd.concat(map(pd.read_csv, files))
-    assert {*rows.decoder} == {d for pair in inside.PAIRS for d in pair}
-    gains = inside.compared(args, run, files)
+    of = lambda half: [x for x in asked['prompts'] if asked['half'][x['group']] == half]
+    for seed in (None, 0):
+        for h in (0, 1): inside.write_about((args, of(h), seed, h, 1))
+    rows = inside.written(tmp_path, 1)
+    assert {*rows.decoder} == {d for pair in inside.PAIRS for d in pair} and rows.groupby('decoder').cluster.nunique().eq(len(asked['half'])).all()
+    gains = inside.compared(args, run)
     assert {*gains.task} == {'all', *inside.FAMILIES}
-    written = json.loads(args.out.read_text())
-    assert written['places'] == len(run['half']) and written['taught'] == 16
-    assert {*written['gains']['all']['T = 1']['taught by token']} >= {inside.BASE, inside.RULE}
+    found = json.loads(args.out.read_text())
+    assert found['places'] == len(asked['half']) and found['taught'] == 16 and found['prompts'] == dict.fromkeys(sorted(inside.FAMILIES), 2)
+    assert {*found['gains']['all']['T = 1']['taught by token']} >= {inside.BASE, inside.RULE}
+    (tmp_path/'inside'/'0-1-0.csv').unlink() # ended before its time: what is left is what all have answered
+    assert {*inside.written(tmp_path, 1).cluster} == {x['group'] for x in of(0)}
