@@ -210,7 +210,7 @@ def learn(args, prompts, half): # with what, and where
     teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in prompts]
     answered(folder/'inside', model, tokenizer, p, [(teach, args.length)], 2*args.draws)
     card = torch.cuda.get_device_name() if 'cuda' in str(model.device) else 'none: cpu'
-    return dict(commit=commit() or args.commit, card=card, dtype=p.dtype)
+    return dict(commit=args.commit or commit(), card=card, dtype=p.dtype)
 
 
 def kept(file, make): # what is in a JSON file, made where it is not there
