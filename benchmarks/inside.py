@@ -52,10 +52,10 @@ BASE, RULE, ORACLE = 'static, min-p', 'capital letter', 'oracle, cold on the key
 WARM, OWN, TAUGHT = (.4, .7, 1., 1.3, 1.6, 2., 2.5, 3.), (.25, .5, 1., 1.5, 2., 3., 4.5, 7.), (.5, 1., 2., 3., 4.5, 7., 11., 18.)
 PART = 24 # prompts that are kept together
 LADDER = 'static, top-p', 'p-less', 'EDT' # with their strengths there
-HEADS = ('own by token', 'own by prompt, floor', *(f'taught {x}' for x in ('by token', 'by prompt, floor', 'first token', 'cross-entropy',
-                                                                        'both sides', 'no key', 'switch')))
-PAIRS = [*((d, BASE) for d in (*LADDER, RULE, ORACLE, *HEADS)), *(('taught by token', d) for d in (*HEADS[:2], *HEADS[3:], RULE, ORACLE)),
-         (RULE, ORACLE)]
+SWITCH, HEADS = 'taught switch', ('own by token', 'own by prompt, floor', *(
+    f'taught {x}' for x in ('by token', 'by prompt, floor', 'first token', 'cross-entropy', 'both sides', 'no key')))
+PAIRS = [*((d, BASE) for d in (*LADDER, RULE, ORACLE, SWITCH, *HEADS)), (RULE, ORACLE), (SWITCH, RULE), (SWITCH, ORACLE),
+         *(('taught by token', d) for d in (*HEADS[:2], *HEADS[3:], SWITCH, RULE, ORACLE)), (SWITCH, 'taught by prompt, floor')]
 AT = {f'T = {s:g}': (BASE, s) for s in (.7, 1., 1.6)}
 
 
@@ -147,43 +147,60 @@ def free_rules(tokenizer, prompts, min_p): # {(decoder, strength): rule}, of tho
     return found
 
 
-def head_rules(heads, probe, min_p):
-    found = {('taught switch', s): at(lambda step, s=s: s*(probe(step.hidden) <= .5).float(), min_p) for s in WARM}
+def switch_rules(probe, min_p): # greedy where the probe sees the key coming
+    return {(SWITCH, s): at(lambda step, s=s: s*(probe(step.hidden) <= .5).float(), min_p) for s in WARM}
+
+
+def head_rules(heads, min_p):
+    found = {}
     for name,head in heads.items():
         grid = OWN if name.startswith('own') or 'entropy' in name else TAUGHT
         found |= {(name, s): floored(head, s, .1, min_p) if head.by == 'prompt' else head_rule(head, s) for s in grid}
     return found | {('taught first token', s): at_first(heads['taught by token'], s, min_p) for s in TAUGHT}
 
 
-def write_about(unit): # files of points, and of texts beside them: about one half of the places, by what learns nothing or by the heads of one seed
-    args, prompts, seed, half, threads = unit
+def write_about(unit): # files of points, and of texts beside them
+    "About one half of the places, by what learns nothing (free), by the switch, or by the heads of one seed"
+    args, prompts, kind, half, threads = unit
     p, params, folder = settings(args)
-    parts = {folder/'inside'/f'{"free" if seed is None else seed}-{half}-{i}.csv': prompts[i:i+PART] for i in range(0, len(prompts), PART)}
+    parts = {folder/'inside'/f'{kind}-{half}-{i}.csv': prompts[i:i+PART] for i in range(0, len(prompts), PART)}
     if all(f.exists() for f in parts): return
     torch.set_num_threads(threads)
-    model, tokenizer = load_model(p.root/'models'/p.name, p.dtype, p.device)
-    if seed is not None:
-        how = dict(min_p=params['min_p'], risk=params['answer_risk'], steps=params['steps'], lr=params['lr'], seed=seed)
-        heads = {k: h.to(model.device) for k,h in fit_heads(folder, half, **how).items()}
+    (model, tokenizer), min_p = load_model(p.root/'models'/p.name, p.dtype, p.device), params['min_p']
+    seed = int(kind) if kind.isdigit() else 0
+    if kind == 'free': rules = lambda some: free_rules(tokenizer, some, min_p)
+    elif kind == 'switch':
         taught = TokenTable(folder/'inside'), read(folder/'inside'/'examples.json')
-        learned = head_rules(heads, key_probe(tokenizer, *taught, [f'half {1 - half}']), params['min_p'])
+        learned = switch_rules(key_probe(tokenizer, *taught, [f'half {1 - half}']), min_p)
+    else:
+        how = dict(min_p=min_p, risk=params['answer_risk'], steps=params['steps'], lr=params['lr'], seed=seed)
+        learned = head_rules({k: h.to(model.device) for k,h in fit_heads(folder, half, **how).items()}, min_p)
     for file,some in parts.items():
         if file.exists(): continue
-        rules = free_rules(tokenizer, some, params['min_p']) if seed is None else learned
-        answers = sample(model, tokenizer, [x['messages'] for x in some], rules, args.draws, args.length, seed or 0, args.rows, progress=False)
+        asked, drawn = [x['messages'] for x in some], rules(some) if kind == 'free' else learned
+        answers = sample(model, tokenizer, asked, drawn, args.draws, args.length, seed, args.rows, progress=False)
         with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
             f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
-        frame = points(tokenizer, 'inside', some, answers, seed or 0)
+        frame = points(tokenizer, 'inside', some, answers, seed)
         frame['task'] = [some[i]['family'] for i in frame.prompt]
         write_whole(file, lambda f: frame.to_csv(f, index=False))
         print(file.name, flush=True)
 
 
-def written(folder, seeds): # the points of what all have answered
-    kinds, files = ['free', *map(str, range(seeds))], {f.stem: f for f in (folder/'inside').glob('*-*-*.csv')}
-    places = {stem.partition('-')[2] for stem in files}
-    whole = [x for x in sorted(places) if all(f'{k}-{x}' in files for k in kinds)]
-    return pd.concat([pd.read_csv(files[f'{k}-{x}']) for k in kinds for x in whole])
+def written(folder, kinds): # the points of the prompts about which all of these have written
+    files = {f.stem: f for f in (folder/'inside').glob('*-*-*.csv')}
+    places = sorted({stem.partition('-')[2] for stem in files})
+    whole = [f'{k}-{x}' for x in places for k in kinds if all(f'{y}-{x}' in files for y in kinds)]
+    frame = pd.concat([pd.read_csv(files[stem]) for stem in whole])
+    by = ['task', 'decoder', 'strength', 'seed', 'cluster']
+    clusters = frame.groupby(by, sort=False, as_index=False)[['good', 'varied', 'length']].mean()
+    every = clusters.assign(task='all').groupby(by, sort=False, as_index=False).mean() # families of a place in the mean
+    return pd.concat([every, clusters]), frame
+
+
+def about(frame): # what was asked: prompts of each family, places, and the tokens of all texts
+    one = frame[(frame.decoder == frame.decoder.iloc[0]) & (frame.strength == frame.strength.iloc[0]) & (frame.seed == frame.seed.iloc[0])]
+    return dict(prompts=one.task.value_counts().sort_index().to_dict(), places=int(one.cluster.nunique()))
 
 
 def settings(args): # the profile, the parameters, and the folder of what is learned
@@ -222,21 +239,22 @@ def kept(file, make): # what is in a JSON file, made where it is not there
 
 
 def compared(args, run): # what is written
+    "What learns nothing is compared wherever it has written, the switch where both have, and a head where all heads have"
     p, params, folder = settings(args)
-    frame = written(folder, p.seeds)
-    by = ['task', 'decoder', 'strength', 'seed', 'cluster']
-    clusters = frame.groupby(by, sort=False, as_index=False)[['good', 'varied', 'length']].mean()
-    every = clusters.assign(task='all').groupby(by, sort=False, as_index=False).mean() # families of a place in the mean
-    clusters = pd.concat([every, clusters])
-    gains = verdicts(clusters, {k: (k, k) for k in ('all', *FAMILIES)}, PAIRS, AT, bootstrap=RESAMPLES, seed=params['seed'])
-    count = frame.groupby('task').apply(lambda x: len(x)//len(x.groupby(['decoder', 'strength', 'seed']))).to_dict()
-    examples = pd.DataFrame(read(folder/'inside'/'examples.json'))
-    write = dict(profile=args.profile, **{k: run[k] for k in ('commit', 'card', 'dtype')}, splits=args.splits, prompts=count,
-                 places=frame.cluster.nunique(), draws=args.draws, length=args.length, tokens=round((frame.length*args.draws).sum()),
-                 taught=len(examples), right=examples.groupby('family').right.mean().to_dict(),
+    seeds = sorted({f.stem.partition('-')[0] for f in (folder/'inside').glob('[0-9]*-*-*.csv')})
+    kinds, gains, rows, what = dict(free=['free'], switch=['free', 'switch'], heads=['free', 'switch', *seeds]), [], [], {}
+    for name,of in kinds.items():
+        clusters, frame = written(folder, of)
+        pairs = [x for x in PAIRS if name == ('heads' if {*x} & {*HEADS} else 'switch' if SWITCH in x else 'free')]
+        gains.append(verdicts(clusters, {k: (k, k) for k in ('all', *FAMILIES)}, pairs, AT, bootstrap=RESAMPLES, seed=params['seed']))
+        what[name] = about(frame) | dict(tokens=round((frame.length*args.draws).sum()))
+        rows.append(clusters.assign(where=name))
+    pd.concat(rows).to_csv(args.out.with_suffix('.csv'), index=False, float_format='%.5g')
+    gains, examples = pd.concat(gains), pd.DataFrame(read(folder/'inside'/'examples.json'))
+    write = dict(profile=args.profile, **{k: run[k] for k in ('commit', 'card', 'dtype')}, splits=args.splits, **what, seeds=len(seeds),
+                 draws=args.draws, length=args.length, taught=len(examples), right=examples.groupby('family').right.mean().to_dict(),
                  gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
     args.out.write_text(json.dumps(write, indent=1) + '\n')
-    clusters.to_csv(args.out.with_suffix('.csv'), index=False, float_format='%.5g')
     return gains
 
 
@@ -259,7 +277,7 @@ if __name__ == '__main__':
     p, params, folder = settings(args)
     asked = kept(folder/'inside'/'asked.json', lambda: ask(args))
     run, threads = kept(folder/'inside'/'run.json', lambda: learn(args, **asked)), max(1, torch.get_num_threads()//args.processes)
-    units = [(args, [x for x in asked['prompts'] if asked['half'][x['group']] == h], seed, h, threads)
-             for seed in (None, *range(p.seeds)) for h in (0, 1)]
+    units = [(args, [x for x in asked['prompts'] if asked['half'][x['group']] == h], kind, h, threads)
+             for kind in ('free', 'switch', *map(str, range(p.seeds))) for h in (0, 1)]
     with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: [*pool.map(write_about, units)]
     print(compared(args, run).round(3).to_string(index=False))

@@ -69,23 +69,26 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     p.prompts, p.samples, p.seeds = 1, 1, 1
     monkeypatch.setattr(inside, 'settings', lambda args: (p, load_params(ROOT) | dict(steps=3), tmp_path))
     monkeypatch.setattr(inside, 'is_right', lambda text, x: True) # a tiny model knows nothing
-    monkeypatch.setattr(inside, 'RESAMPLES', 20)
+    few = dict(RESAMPLES=20, WARM=(.7, 1., 1.6), OWN=(1., 3.), TAUGHT=(1., 3.), FAMILIES={k: inside.FAMILIES[k] for k in ('capital', 'currency')})
+    for k,x in few.items(): monkeypatch.setattr(inside, k, x)
     args = SimpleNamespace(splits=['train'], facts=2, forms=1, draws=1, length=4, rows=None, out=tmp_path/'x.json', profile='smoke', commit='abc')
     asked = inside.ask(args)
-    assert {x['family'] for x in asked['prompts']} == inside.FAMILIES.keys() and len(asked['prompts']) == 8
+    assert {x['family'] for x in asked['prompts']} == inside.FAMILIES.keys() and len(asked['prompts']) == 4
     run = inside.learn(args, **asked)
     taught = json.loads((tmp_path/'inside'/'examples.json').read_text())
     for x in taught: x['right'] = x['id'].endswith('0') # half of the answers, so that there is something to learn
     (tmp_path/'inside'/'examples.json').write_text(json.dumps(taught))
     of = lambda half: [x for x in asked['prompts'] if asked['half'][x['group']] == half]
-    for seed in (None, 0):
-        for h in (0, 1): inside.write_about((args, of(h), seed, h, 1))
-    rows = inside.written(tmp_path, 1)
+    for kind in ('free', 'switch', '0'):
+        for h in (0, 1): inside.write_about((args, of(h), kind, h, 1))
+    rows = inside.written(tmp_path, ['free', 'switch', '0'])[1]
     assert {*rows.decoder} == {d for pair in inside.PAIRS for d in pair} and rows.groupby('decoder').cluster.nunique().eq(len(asked['half'])).all()
     gains = inside.compared(args, run)
     assert {*gains.task} == {'all', *inside.FAMILIES}
     found = json.loads(args.out.read_text())
-    assert found['places'] == len(asked['half']) and found['taught'] == 16 and found['prompts'] == dict.fromkeys(sorted(inside.FAMILIES), 2)
+    assert found['heads']['places'] == len(asked['half']) and found['taught'] == 8 and found['free']['prompts'] == dict.fromkeys(sorted(inside.FAMILIES), 2)
+    assert found['free']['places'] == found['heads']['places']
     assert {*found['gains']['all']['T = 1']['taught by token']} >= {inside.BASE, inside.RULE}
     (tmp_path/'inside'/'0-1-0.csv').unlink() # ended before its time: what is left is what all have answered
-    assert {*inside.written(tmp_path, 1).cluster} == {x['group'] for x in of(0)}
+    assert {*inside.written(tmp_path, ['free', 'switch', '0'])[1].cluster} == {x['group'] for x in of(0)}
+    assert {*inside.written(tmp_path, ['free'])[1].cluster} == {*asked['half']}
