@@ -91,13 +91,15 @@ def become(arguments):
 
 
 def run(arguments):
-    import runpy
+    import functools, runpy
     if arguments[0] == '-m':
-        sys.argv, sys.path[0] = arguments[1:], os.getcwd()
-        runpy.run_module(arguments[1], run_name='__main__', alter_sys=True)
+        sys.argv, first = arguments[1:], os.getcwd()
+        work = functools.partial(runpy.run_module, arguments[1], alter_sys=True)
     else:
-        sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.abspath(arguments[0]))
-        runpy.run_path(arguments[0], run_name='__main__')
+        sys.argv, first = arguments, os.path.dirname(os.path.abspath(arguments[0]))
+        work = functools.partial(runpy.run_path, arguments[0])
+    sys.path[:1] = [first, *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]
+    work(run_name='__main__')
 
 
 def ask(path, arguments): # the exit code
