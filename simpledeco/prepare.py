@@ -11,6 +11,7 @@ __all__ = ['TEMPLATES', 'read_gguf', 'package_file', 'joined', 'template_of', 's
 # %% ../nbs/25b_prepare.ipynb #prepare-imports
 import hashlib, os, shutil, string, tempfile
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def _why_unread(path, e): # what is wrong with a GGUF file on which transformers
     return f'{" ".join(str(e).split())[:200]}: a newer transformers may read it, or {other}'
 
 
+def _once(): # transformers parses the file three times, and lists the names of all tensors again for each module
+    import gguf
+    from unittest.mock import patch
+    return patch.multiple(gguf, GGUFReader=cache(gguf.GGUFReader), get_tensor_name_map=cache(gguf.get_tensor_name_map))
+
+
 def read_gguf(
     path:str|Path, # a GGUF file
 )->tuple: # (frozen model in float32, tokenizer)
@@ -45,9 +52,10 @@ def read_gguf(
     with path.open('rb') as f:
         if f.read(4) != b'GGUF': raise ValueError(f'{path} is not a GGUF file: its first four bytes are not GGUF')
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
-                                                     quantization_config=GgufConfig(dequantize=True))
+        with _once():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
+                                                         quantization_config=GgufConfig(dequantize=True))
     except Exception as e: # anywhere in transformers or gguf
         raise ValueError(f'transformers cannot read {path}: {_why_unread(path, e)}') from e
     model.config._name_or_path = path.stem

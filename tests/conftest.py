@@ -1,9 +1,10 @@
 "Fixtures shared by the tests: the project, and clean copies of it to run things in"
-import json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
+import functools, json, os, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from warm import begin
 
 ROOT = Path(__file__).parent.parent
 
@@ -14,12 +15,35 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda x: order.index(x.path.stem) if x.path.stem in order else len(order))
 
 
-def run(*command, cwd, check=True, **kw):
+BIN = Path(sys.executable).parent
+
+
+def environment(**more):
+    "This environment's tools first on the path, and no hub"
+    path = f'{BIN}{os.pathsep}{os.environ["PATH"]}'
+    return dict(os.environ, PATH=path, HF_HUB_OFFLINE='1', PYTHONPATH='') | more
+
+
+@functools.cache
+def warm(): # what to add to an environment
+    """Kernels, and the commands of `warm.py`, begin as forks of a process that has imported PyTorch and transformers already, for which
+    each would take five seconds. One such process serves all that test at the same time, and ends with them"""
+    if not hasattr(os, 'pidfd_open'): return {}
+    session = os.getppid() if 'PYTEST_XDIST_WORKER' in os.environ else os.getpid()
+    folder = Path(tempfile.gettempdir())/f'simpledeco-warm-{session}'
+    try: folder.mkdir()
+    except FileExistsError: pass # somebody has started it
+    else: begin(folder, session, environment())
+    end = time.time() + 120
+    while not (folder/'socket').exists() and time.time() < end: time.sleep(.1)
+    assert (folder/'socket').exists(), (folder/'log').read_text()
+    return dict(JUPYTER_PATH=str(folder), PATH=f'{folder/"bin"}{os.pathsep}{environment()["PATH"]}')
+
+
+def run(*command, cwd, check=True, env={}, **kw):
     """Run a command with this environment's tools first on the path; its output goes into the error
     message"""
-    env = dict(os.environ, PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
-               HF_HUB_OFFLINE='1', PYTHONPATH='')
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True,
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment(**env), capture_output=True,
                           text=True, **kw)
     said = f'{command} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
     assert not check or done.returncode == 0, said

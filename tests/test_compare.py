@@ -1,9 +1,9 @@
 "A reader's own rule, from the command line"
-import re, sys
+import re
 from types import SimpleNamespace
 
 import pandas as pd, torch
-from conftest import ROOT, run
+from conftest import ROOT, run, warm
 from pypdf import PdfReader
 
 from simpledeco.study.models import model_folder
@@ -17,8 +17,8 @@ def warm(step): return tempered(step.logits, step.logits.new_full((len(step.logi
 
 def compare(*words, cwd, folder):
     "The command of `make compare`, in the project, with a rule that lies elsewhere"
-    env = f'PYTHONPATH={folder}'
-    return run('env', env, sys.executable, '-m', 'simpledeco.study.compare', *words, cwd=cwd, check=False)
+    env = warm() | dict(PYTHONPATH=str(folder))
+    return run('python', '-m', 'simpledeco.study.compare', *words, cwd=cwd, check=False, env=env)
 
 
 def test_a_rule_of_ones_own_stands_beside_the_constants(tmp_path):

@@ -2,14 +2,14 @@
 import re
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, warm
 
 PARTS = ('tutorial', '0|1', '2|3', '4|5', 'guide|index') # how the names of pages begin
 
 
 @pytest.mark.parametrize('part', PARTS)
 def test_library_notebooks_run(part):
-    run('nbdev-test', 'nbs', '--file-re', f'^({part})', '--n-workers', '1', cwd=ROOT)
+    run('nbdev-test', 'nbs', '--file-re', f'^({part})', '--n-workers', '1', cwd=ROOT, env=warm())
 
 
 def test_every_page_is_in_one_part():
