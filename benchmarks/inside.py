@@ -182,15 +182,16 @@ def write_about(unit): # files of points, and of texts beside them
         with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
             f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
         frame = points(tokenizer, 'inside', some, answers, seed)
-        frame['task'] = [some[i]['family'] for i in frame.prompt]
+        frame = frame.assign(task=[some[i]['family'] for i in frame.prompt], card=card_of(model))
         write_whole(file, lambda f: frame.to_csv(f, index=False))
         print(file.name, flush=True)
 
 
-def written(folder, kinds): # the points of the prompts about which all of these have written
+def written(folder, kinds): # (means of places, points) of the prompts about which all of these have written; None without one
     files = {f.stem: f for f in (folder/'inside').glob('*-*-*.csv')}
     places = sorted({stem.partition('-')[2] for stem in files})
     whole = [f'{k}-{x}' for x in places for k in kinds if all(f'{y}-{x}' in files for y in kinds)]
+    if not whole: return None
     frame = pd.concat([pd.read_csv(files[stem]) for stem in whole])
     by = ['task', 'decoder', 'strength', 'seed', 'cluster']
     clusters = frame.groupby(by, sort=False, as_index=False)[['good', 'varied', 'length']].mean()
@@ -198,9 +199,10 @@ def written(folder, kinds): # the points of the prompts about which all of these
     return pd.concat([every, clusters]), frame
 
 
-def about(frame): # what was asked: prompts of each family, places, and the tokens of all texts
+def about(frame, draws): # what was asked: prompts of each family, and places; the tokens of all texts, and how many were written on which card
     one = frame[(frame.decoder == frame.decoder.iloc[0]) & (frame.strength == frame.strength.iloc[0]) & (frame.seed == frame.seed.iloc[0])]
-    return dict(prompts=one.task.value_counts().sort_index().to_dict(), places=int(one.cluster.nunique()))
+    return dict(prompts=one.task.value_counts().sort_index().to_dict(), places=int(one.cluster.nunique()),
+                tokens=round((frame.length*draws).sum()), texts=(frame.groupby('card').size()*draws).to_dict())
 
 
 def settings(args): # the profile, the parameters, and the folder of what is learned
@@ -217,6 +219,11 @@ def ask(args): # {'prompts': prompts, 'half': {place: 0 or 1}}
     return dict(prompts=asked, half=halves(asked))
 
 
+def card_of(model): # and the numbers that it computes with
+    kind = torch.cuda.get_device_name() if 'cuda' in str(model.device) else 'no card'
+    return f"{kind}, {str(model.dtype).removeprefix('torch.')}"
+
+
 def learn(args, prompts, half): # with what, and where
     "The answers that heads learn from"
     p, params, folder = settings(args)
@@ -226,8 +233,7 @@ def learn(args, prompts, half): # with what, and where
                                            for closed,length in ((True, p.answer_tokens), (False, p.open_tokens))], p.samples)
     teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in prompts]
     answered(folder/'inside', model, tokenizer, p, [(teach, args.length)], 2*args.draws)
-    card = torch.cuda.get_device_name() if 'cuda' in str(model.device) else 'none: cpu'
-    return dict(commit=args.commit or commit(), card=card, dtype=p.dtype)
+    return dict(commit=args.commit or commit(), card=card_of(model))
 
 
 def kept(file, make): # what is in a JSON file, made where it is not there
@@ -244,14 +250,15 @@ def compared(args, run): # what is written
     seeds = sorted({f.stem.partition('-')[0] for f in (folder/'inside').glob('[0-9]*-*-*.csv')})
     kinds, gains, rows, what = dict(free=['free'], switch=['free', 'switch'], heads=['free', 'switch', *seeds]), [], [], {}
     for name,of in kinds.items():
-        clusters, frame = written(folder, of)
+        if name == 'heads' and not seeds or not (found := written(folder, of)): continue
+        clusters, frame = found
         pairs = [x for x in PAIRS if name == ('heads' if {*x} & {*HEADS} else 'switch' if SWITCH in x else 'free')]
         gains.append(verdicts(clusters, {k: (k, k) for k in ('all', *FAMILIES)}, pairs, AT, bootstrap=RESAMPLES, seed=params['seed']))
-        what[name] = about(frame) | dict(tokens=round((frame.length*args.draws).sum()))
+        what[name] = about(frame, args.draws)
         rows.append(clusters.assign(where=name))
     pd.concat(rows).to_csv(args.out.with_suffix('.csv'), index=False, float_format='%.5g')
     gains, examples = pd.concat(gains), pd.DataFrame(read(folder/'inside'/'examples.json'))
-    write = dict(profile=args.profile, **{k: run[k] for k in ('commit', 'card', 'dtype')}, splits=args.splits, **what, seeds=len(seeds),
+    write = dict(profile=args.profile, **{k: run[k] for k in ('commit', 'card')}, splits=args.splits, **what, seeds=len(seeds),
                  draws=args.draws, length=args.length, taught=len(examples), right=examples.groupby('family').right.mean().to_dict(),
                  gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
     args.out.write_text(json.dumps(write, indent=1) + '\n')
