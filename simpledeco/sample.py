@@ -121,8 +121,9 @@ class _Layer(DynamicLayer):
 # %% ../nbs/29_sample.ipynb #in-place-cache
 class _InPlace:
     "The cache of texts of any length, where every layer remembers every position"
-    def __init__(self, model, rows, longest):
+    def __init__(self, model, rows, longest, texts):
         self.rows = rows
+        self.sizes = min(rows, texts), min(5*rows//2, texts) # of the memory: at first, and where texts stop sharing
         self.longest = longest
         self.length = torch.zeros(0, dtype=torch.long, device=model.device)
         self.past = Cache(layers=[_Layer(self) for _ in DynamicCache(config=model.config).layers])
@@ -153,7 +154,8 @@ def reserve(self:_InPlace, rows, like=None):
             x, there = getattr(source, name), getattr(layer, name)
             have = 0 if there is None else len(there)
             if rows <= have: continue
-            more = x.new_empty(max(rows, 2*have, self.rows), x.shape[1], self.longest, x.shape[3])
+            size = next((n for n in self.sizes if n >= rows), max(rows, 2*have))
+            more = x.new_empty(size, x.shape[1], self.longest, x.shape[3])
             if have: more[:have] = there
             setattr(layer, name, more)
 
@@ -178,7 +180,7 @@ def go_on(self:_InPlace, parent):
 # %% ../nbs/29_sample.ipynb #together-cache
 class _Together:
     "The cache of texts that answer one prompt"
-    def __init__(self, model, rows, longest): self.rows, self.device = rows, model.device
+    def __init__(self, model, rows, longest, texts): self.rows, self.device = rows, model.device
     def inputs(self): return {}
     def grow(self): pass
     def add(self, prompt, k):
@@ -189,7 +191,7 @@ class _Together:
         return torch.arange(len(parent), device=self.device)
 
 # %% ../nbs/29_sample.ipynb #which-cache
-def _cache(model, rows, longest):
+def _cache(model, rows, longest, texts):
     "In place where every layer remembers every position and the model is told the positions"
     past_name(model) # a model that has none is refused before anything runs
     def whole(layer):
@@ -197,7 +199,7 @@ def _cache(model, rows, longest):
                 and layer.sliding_window >= longest)
     told = 'position_ids' in inspect.signature(model.forward).parameters
     in_place = told and all(map(whole, DynamicCache(config=model.config).layers))
-    return (_InPlace if in_place else _Together)(model, rows, longest)
+    return (_InPlace if in_place else _Together)(model, rows, longest, texts)
 
 # %% ../nbs/29_sample.ipynb #past-name
 def past_name(model)->str: # an argument of its `forward`
@@ -232,7 +234,7 @@ class _Writer:
         self.out = [[] for _ in range(len(encoded)*self.copies)]
         self.nll, self.states = torch.zeros(len(self.out), device=device), [{} for _ in rules]
         self.block = BLOCK if model.device.type == 'cpu' else rows # a processor's cache holds the logits of a few rows
-        self.cache = _cache(model, rows, max(map(len, encoded)) + max_new_tokens)
+        self.cache = _cache(model, rows, max(map(len, encoded)) + max_new_tokens, len(self.out))
         self.together = isinstance(self.cache, _Together)
         # of each text that is being written, and of each row
         self.text, self.place, self.row = torch.zeros(3, 0, dtype=torch.long, device=device)

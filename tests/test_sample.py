@@ -129,18 +129,29 @@ def test_an_answer_ends_at_any_end_token(smoke, monkeypatch):
     assert cut == whole[:whole.index(whole[1]) + 1]
 
 
-def test_memory_that_was_not_written_is_never_read(smoke, monkeypatch):
-    "Rows are reserved without being cleared, again and again as texts part"
-    usual, empty = tokens(sample(*smoke, TALKS, RULES, 9, 12, rows=2, progress=False)), torch.Tensor.new_empty
+@pytest.fixture
+def reserved(monkeypatch): # the rows of each piece of memory for keys or values; all of it is filled with NaN
+    empty, sizes = torch.Tensor.new_empty, []
     def dirty(self, *size, **kw):
         found = empty(self, *size, **kw)
-        reserved.append(tuple(found.shape))
+        if found.ndim == 4: sizes.append(len(found))
         return found.fill_(torch.nan) if found.is_floating_point() else found
-    reserved = []
     monkeypatch.setattr(torch.Tensor, 'new_empty', dirty)
-    assert tokens(sample(*smoke, TALKS, RULES, 9, 12, rows=2, progress=False)) == usual
-    sizes = [s[0] for s in reserved if len(s) == 4]
-    assert len(set(sizes)) > 2 and all(b >= 2*a for a,b in zip(sorted(set(sizes)), sorted(set(sizes))[1:]))
+    return sizes
+
+
+def test_memory_that_was_not_written_is_never_read(smoke, reserved, monkeypatch):
+    "Rows are reserved without being cleared, again and again as texts part"
+    dirty = tokens(sample(*smoke, TALKS, RULES, 9, 12, rows=2, progress=False))
+    sizes = sorted(set(reserved))
+    assert len(sizes) > 2 and all(b >= 2*a for a,b in zip(sizes, sizes[1:]))
+    monkeypatch.undo()
+    assert tokens(sample(*smoke, TALKS, RULES, 9, 12, rows=2, progress=False)) == dirty
+
+
+def test_no_more_memory_than_there_are_texts(smoke, reserved):
+    sample(*smoke, TALKS, RULES, 2, 12, rows=1000, progress=False)
+    assert set(reserved) == {2*len(TALKS)*len(RULES)}
 
 
 def test_answers_of_one_token(smoke):
