@@ -96,7 +96,8 @@ def capital_letter(capital, s, min_p): # a rule: greedy where such a token is li
 
 
 def key_tokens(tokenizer, prompt): # a set of token ids
-    return {i for way in (prompt['answer'], f" {prompt['answer']}") for i in tokenizer.encode(way, add_special_tokens=False)}
+    key = prompt['answer']
+    return {i for way in (key, f' {key}', f' {key.lower()}') for i in tokenizer.encode(way, add_special_tokens=False)}
 
 
 def on_the_key(tokenizer, prompts, s, min_p): # a rule: greedy where the likeliest token is one of the key
@@ -188,11 +189,19 @@ def write_about(unit): # files of points, and of texts beside them
 
 
 def written(folder, kinds): # (means of places, points) of the prompts about which all of these have written; None without one
+    "Prompts that say their own key are left out"
+    asked, half = read(folder/'inside'/'asked.json').values()
+    of = {h: [x for x in asked if half[x['group']] == h] for h in (0, 1)}
+    told = {h: [i for i,x in enumerate(xs) if is_right(x['messages'][0]['content'], x)] for h,xs in of.items()}
+    def points_of(stem):
+        _, h, first = stem.split('-')
+        rows = pd.read_csv(files[stem])
+        return rows[~(rows.prompt + int(first)).isin(told[int(h)])]
     files = {f.stem: f for f in (folder/'inside').glob('*-*-*.csv')}
     places = sorted({stem.partition('-')[2] for stem in files})
     whole = [f'{k}-{x}' for x in places for k in kinds if all(f'{y}-{x}' in files for y in kinds)]
     if not whole: return None
-    frame = pd.concat([pd.read_csv(files[stem]) for stem in whole])
+    frame = pd.concat(map(points_of, whole))
     by = ['task', 'decoder', 'strength', 'seed', 'cluster']
     clusters = frame.groupby(by, sort=False, as_index=False)[['good', 'varied', 'length']].mean()
     every = clusters.assign(task='all').groupby(by, sort=False, as_index=False).mean() # families of a place in the mean
@@ -245,22 +254,21 @@ def kept(file, make): # what is in a JSON file, made where it is not there
 
 
 def compared(args, run): # what is written
-    "What learns nothing is compared wherever it has written, the switch where both have, and a head where all heads have"
+    "Where what learns nothing has written, where the switch has too, and where all heads have"
     p, params, folder = settings(args)
     seeds = sorted({f.stem.partition('-')[0] for f in (folder/'inside').glob('[0-9]*-*-*.csv')})
-    kinds, gains, rows, what = dict(free=['free'], switch=['free', 'switch'], heads=['free', 'switch', *seeds]), [], [], {}
+    kinds, rows, what = dict(free=['free'], switch=['free', 'switch'], heads=['free', 'switch', *seeds]), [], {}
     for name,of in kinds.items():
         if name == 'heads' and not seeds or not (found := written(folder, of)): continue
         clusters, frame = found
-        pairs = [x for x in PAIRS if name == ('heads' if {*x} & {*HEADS} else 'switch' if SWITCH in x else 'free')]
-        gains.append(verdicts(clusters, {k: (k, k) for k in ('all', *FAMILIES)}, pairs, AT, bootstrap=RESAMPLES, seed=params['seed']))
-        what[name] = about(frame, args.draws)
+        pairs = [x for x in PAIRS if {*x} <= {*frame.decoder}]
+        gains = verdicts(clusters, {k: (k, k) for k in ('all', *FAMILIES)}, pairs, AT, bootstrap=RESAMPLES, seed=params['seed'])
+        what[name] = about(frame, args.draws) | dict(gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
         rows.append(clusters.assign(where=name))
     pd.concat(rows).to_csv(args.out.with_suffix('.csv'), index=False, float_format='%.5g')
-    gains, examples = pd.concat(gains), pd.DataFrame(read(folder/'inside'/'examples.json'))
-    write = dict(profile=args.profile, **{k: run[k] for k in ('commit', 'card')}, splits=args.splits, **what, seeds=len(seeds),
-                 draws=args.draws, length=args.length, taught=len(examples), right=examples.groupby('family').right.mean().to_dict(),
-                 gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
+    taught = pd.DataFrame(read(folder/'inside'/'examples.json')) if 'switch' in what else None
+    write = dict(profile=args.profile, commit=run['commit'], splits=args.splits, draws=args.draws, length=args.length, seeds=len(seeds),
+                 **({} if taught is None else dict(taught=len(taught), right=taught.groupby('family').right.mean().to_dict())), **what)
     args.out.write_text(json.dumps(write, indent=1) + '\n')
     return gains
 

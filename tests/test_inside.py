@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from conftest import ROOT
 
+from simpledeco.judge import is_right
 from simpledeco.model import load_model
 from simpledeco.sample import Step
 from simpledeco.study.models import model_folder
@@ -36,7 +37,7 @@ def test_greedy_where_a_word_with_a_capital_letter_is_likeliest(smoke):
 
 def test_greedy_where_a_token_of_the_own_key_is_likeliest(smoke):
     rule = inside.on_the_key(smoke[1], [dict(answer='Lima'), dict(answer='New Delhi')], 1., .1)
-    assert kept(rule(step(smoke[1], [' Lima', ' Lima', ' New', ' New'], [0, 1, 0, 1]))) == [1, 2, 2, 1]
+    assert kept(rule(step(smoke[1], [' Lima', ' Lima', ' New', ' New', ' lima'], [0, 1, 0, 1, 0]))) == [1, 2, 2, 1, 1]
 
 
 def test_a_probe_finds_the_key_in_right_answers_alone(smoke):
@@ -68,12 +69,13 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     p = load_profile('smoke', ROOT)
     p.prompts, p.samples, p.seeds = 1, 1, 1
     monkeypatch.setattr(inside, 'settings', lambda args: (p, load_params(ROOT) | dict(steps=3), tmp_path))
-    monkeypatch.setattr(inside, 'is_right', lambda text, x: True) # a tiny model knows nothing
+    knows = lambda text, x: 'Write a' not in text and 'write a' not in text and 'Begin' not in text # a tiny model knows nothing; no prompt says its key
+    monkeypatch.setattr(inside, 'is_right', knows)
     few = dict(RESAMPLES=20, WARM=(.7, 1., 1.6), OWN=(1., 3.), TAUGHT=(1., 3.), FAMILIES={k: inside.FAMILIES[k] for k in ('capital', 'currency')})
     for k,x in few.items(): monkeypatch.setattr(inside, k, x)
-    args = SimpleNamespace(splits=['train'], facts=2, forms=1, draws=1, length=4, rows=None, out=tmp_path/'x.json', profile='smoke', commit='abc')
-    asked = inside.ask(args)
-    assert {x['family'] for x in asked['prompts']} == inside.FAMILIES.keys() and len(asked['prompts']) == 4
+    args = SimpleNamespace(splits=['train'], facts=4, forms=1, draws=1, length=6, rows=None, out=tmp_path/'x.json', profile='smoke', commit='abc')
+    asked = inside.kept(tmp_path/'inside'/'asked.json', lambda: inside.ask(args))
+    assert {x['family'] for x in asked['prompts']} == inside.FAMILIES.keys() and len(asked['prompts']) == 8
     run = inside.learn(args, **asked)
     taught = json.loads((tmp_path/'inside'/'examples.json').read_text())
     for x in taught: x['right'] = x['id'].endswith('0') # half of the answers, so that there is something to learn
@@ -86,9 +88,17 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     gains = inside.compared(args, run)
     assert {*gains.task} == {'all', *inside.FAMILIES}
     found = json.loads(args.out.read_text())
-    assert found['heads']['places'] == len(asked['half']) and found['taught'] == 8 and found['free']['prompts'] == dict.fromkeys(sorted(inside.FAMILIES), 2)
+    assert found['heads']['places'] == len(asked['half']) and found['taught'] == 16 and found['free']['prompts'] == dict.fromkeys(sorted(inside.FAMILIES), 4)
     assert found['free']['places'] == found['heads']['places']
-    assert {*found['gains']['all']['T = 1']['taught by token']} >= {inside.BASE, inside.RULE}
+    assert {*found['heads']['gains']['all']['T = 1']['taught by token']} >= {inside.BASE, inside.RULE}
+    assert found['free']['gains']['all']['T = 1'].keys() & {inside.SWITCH, *inside.HEADS} == set()
+    kept = pd.read_csv(args.out.with_suffix('.csv'))
+    assert {*kept['where']} == {'free', 'switch', 'heads'}
+    before = len(inside.written(tmp_path, ['free'])[1])
     (tmp_path/'inside'/'0-1-0.csv').unlink() # ended before its time: what is left is what all have answered
     assert {*inside.written(tmp_path, ['free', 'switch', '0'])[1].cluster} == {x['group'] for x in of(0)}
     assert {*inside.written(tmp_path, ['free'])[1].cluster} == {*asked['half']}
+    asked['prompts'][0]['messages'][0]['content'] += f" It is {asked['prompts'][0]['answer']}." # a prompt that says its key
+    (tmp_path/'inside'/'asked.json').write_text(json.dumps(asked))
+    monkeypatch.setattr(inside, 'is_right', is_right)
+    assert len(inside.written(tmp_path, ['free'])[1]) == before*7/8
