@@ -70,7 +70,8 @@ def inside(p, model, tokenizer, splits, most, forms): # prompts of each family, 
     found = []
     for family,(corpora, texts) in FAMILIES.items():
         ask = [x for split in splits for x in task_prompts(p, 1000, split, corpora)]
-        greedy = sample(model, tokenizer, [x['messages'] for x in ask], dict(greedy=constant(0)), 1, p.answer_tokens, progress=False)['greedy']
+        greedy = sample(model, tokenizer, [x['messages'] for x in ask], dict(greedy=constant(0)), 1, p.answer_tokens,
+                        progress=False)['greedy']
         knows = [x for x,g in zip(ask, greedy) if is_right(text_of(tokenizer, g[0]), x)]
         for i,x in enumerate(random.Random(0).sample(knows, min(most, len(knows)))):
             for k in range(forms):
@@ -101,7 +102,8 @@ def key_tokens(tokenizer, prompt): # a set of token ids
 
 
 def on_the_key(tokenizer, prompts, s, min_p): # a rule: greedy where the likeliest token is one of the key
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(sorted(key_tokens(tokenizer, x))) for x in prompts], batch_first=True, padding_value=-1)
+    keys = [torch.tensor(sorted(key_tokens(tokenizer, x))) for x in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(keys, batch_first=True, padding_value=-1)
     cold = lambda step: (ids.to(step.logits.device)[step.asked] == step.logits.argmax(-1, keepdim=True)).any(-1)
     return at(lambda step: s*(~cold(step)).float(), min_p)
 
@@ -208,7 +210,7 @@ def written(folder, kinds): # (means of places, points) of the prompts about whi
     return pd.concat([every, clusters]), frame
 
 
-def about(frame, draws): # what was asked: prompts of each family, and places; the tokens of all texts, and how many were written on which card
+def about(frame, draws): # prompts of each family, places, the tokens of all texts, and how many were written on which card
     one = frame[(frame.decoder == frame.decoder.iloc[0]) & (frame.strength == frame.strength.iloc[0]) & (frame.seed == frame.seed.iloc[0])]
     return dict(prompts=one.task.value_counts().sort_index().to_dict(), places=int(one.cluster.nunique()),
                 tokens=round((frame.length*draws).sum()), texts=(frame.groupby('card').size()*draws).to_dict())

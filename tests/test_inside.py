@@ -69,11 +69,14 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     p = load_profile('smoke', ROOT)
     p.prompts, p.samples, p.seeds = 1, 1, 1
     monkeypatch.setattr(inside, 'settings', lambda args: (p, load_params(ROOT) | dict(steps=3), tmp_path))
-    knows = lambda text, x: 'Write a' not in text and 'write a' not in text and 'Begin' not in text # a tiny model knows nothing; no prompt says its key
+    # a tiny model knows nothing; no prompt says its key
+    knows = lambda text, x: not any(k in text for k in ('Write a', 'write a', 'Begin'))
     monkeypatch.setattr(inside, 'is_right', knows)
-    few = dict(RESAMPLES=20, WARM=(.7, 1., 1.6), OWN=(1., 3.), TAUGHT=(1., 3.), FAMILIES={k: inside.FAMILIES[k] for k in ('capital', 'currency')})
+    families = {k: inside.FAMILIES[k] for k in ('capital', 'currency')}
+    few = dict(RESAMPLES=20, WARM=(.7, 1., 1.6), OWN=(1., 3.), TAUGHT=(1., 3.), FAMILIES=families)
     for k,x in few.items(): monkeypatch.setattr(inside, k, x)
-    args = SimpleNamespace(splits=['train'], facts=4, forms=1, draws=1, length=6, rows=None, out=tmp_path/'x.json', profile='smoke', commit='abc')
+    args = SimpleNamespace(splits=['train'], facts=4, forms=1, draws=1, length=6, rows=None, out=tmp_path/'x.json', profile='smoke',
+                           commit='abc')
     asked = inside.kept(tmp_path/'inside'/'asked.json', lambda: inside.ask(args))
     assert {x['family'] for x in asked['prompts']} == inside.FAMILIES.keys() and len(asked['prompts']) == 8
     run = inside.learn(args, **asked)
@@ -84,11 +87,13 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     for kind in ('free', 'switch', '0'):
         for h in (0, 1): inside.write_about((args, of(h), kind, h, 1))
     rows = inside.written(tmp_path, ['free', 'switch', '0'])[1]
-    assert {*rows.decoder} == {d for pair in inside.PAIRS for d in pair} and rows.groupby('decoder').cluster.nunique().eq(len(asked['half'])).all()
+    assert {*rows.decoder} == {d for pair in inside.PAIRS for d in pair}
+    assert rows.groupby('decoder').cluster.nunique().eq(len(asked['half'])).all()
     gains = inside.compared(args, run)
     assert {*gains.task} == {'all', *inside.FAMILIES}
     found = json.loads(args.out.read_text())
-    assert found['heads']['places'] == len(asked['half']) and found['taught'] == 16 and found['free']['prompts'] == dict.fromkeys(sorted(inside.FAMILIES), 4)
+    assert found['heads']['places'] == len(asked['half']) and found['taught'] == 16
+    assert found['free']['prompts'] == dict.fromkeys(sorted(inside.FAMILIES), 4)
     assert found['free']['places'] == found['heads']['places']
     assert {*found['heads']['gains']['all']['T = 1']['taught by token']} >= {inside.BASE, inside.RULE}
     assert found['free']['gains']['all']['T = 1'].keys() & {inside.SWITCH, *inside.HEADS} == set()
