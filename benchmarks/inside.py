@@ -265,7 +265,9 @@ def compared(args, run): # what is written
         clusters, frame = found
         pairs = [x for x in PAIRS if {*x} <= {*frame.decoder}]
         gains = verdicts(clusters, {k: (k, k) for k in ('all', *FAMILIES)}, pairs, AT, bootstrap=RESAMPLES, seed=params['seed'])
-        what[name] = about(frame, args.draws) | dict(gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
+        constant = clusters[(clusters['task'] == 'all') & (clusters.decoder == BASE)].groupby('strength').good.mean()
+        what[name] = about(frame, args.draws) | dict(
+            constant={f'T = {k:g}': x for k,x in constant.items()}, gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
         rows.append(clusters.assign(where=name))
     pd.concat(rows).to_csv(args.out.with_suffix('.csv'), index=False, float_format='%.5g')
     taught = pd.DataFrame(read(folder/'inside'/'examples.json')) if 'switch' in what else None
