@@ -1,8 +1,10 @@
-"""Facts inside fiction, taught: is a token worth a temperature where heads have seen the very task? Prompts ask for a text of any kind that
-says one fact, of four families. Places are dealt into two halves, and what is asked about one half is learned from the model's own judged
-answers about the other. Beside the heads: constants, heads that never saw the task, a rule of one line (greedy where the likeliest token
-begins a word with a capital letter), and an oracle that knows the key (greedy where the likeliest token is one of it). Writes OUT.json, and
-beside it a CSV with the means of each place; goes on with what an earlier run has left in learned/PROFILE/inside.
+"""Facts inside fiction, taught: is a token worth a temperature where heads have seen the very task?
+Prompts ask for a text of any kind that says one fact, of four families. Places are dealt into two
+halves, and what is asked about one half is learned from the model's own judged answers about the other.
+Beside the heads: constants, heads that never saw the task, a rule of one line (greedy where the
+likeliest token begins a word with a capital letter), and an oracle that knows the key (greedy where the
+likeliest token is one of it). Writes OUT.json, and beside it a CSV with the means of each place; goes
+on with what an earlier run has left in learned/PROFILE/inside.
 Run, after `make rungs-further`: make inside
 """
 import argparse, gzip, json, random, re
@@ -10,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from run import commit
@@ -26,7 +29,7 @@ from simpledeco.study.plan import RESAMPLES
 from simpledeco.study.profiles import task_prompts
 from simpledeco.study.rungs import Asked, cross_entropy, fit_probe, floored, RUNGS, two_sided
 from simpledeco.study.settings import load_params, load_profile, project_root
-from simpledeco.study.strengths import LEARN, points, said, tree_of, verdicts
+from simpledeco.study.strengths import holm, LEARN, p_value, points, resampled, said, tree_of, verdicts
 from simpledeco.study.tasks import INSIDE
 from simpledeco.study.texts import rejudged, text_of
 from simpledeco.table import TokenTable
@@ -49,13 +52,15 @@ FAMILIES = dict(
         opening='Begin a story of a thief in {}. Mention the currency of the country in the first sentence.',
         advert='write an advert for a shop in {}, with prices in the currency of the country')))
 BASE, RULE, ORACLE = 'static, min-p', 'capital letter', 'oracle, cold on the key'
-WARM, OWN, TAUGHT = (.4, .7, 1., 1.3, 1.6, 2., 2.5, 3.), (.25, .5, 1., 1.5, 2., 3., 4.5, 7.), (.5, 1., 2., 3., 4.5, 7., 11., 18.)
+WARM, OWN = (.4, .7, 1., 1.3, 1.6, 2., 2.5, 3.), (.25, .5, 1., 1.5, 2., 3., 4.5, 7.)
+TAUGHT = (.5, 1., 2., 3., 4.5, 7., 11., 18.)
 PART = 24 # prompts that are kept together
 LADDER = 'static, top-p', 'p-less', 'EDT' # with their strengths there
 SWITCH, HEADS = 'taught switch', ('own by token', 'own by prompt, floor', *(
     f'taught {x}' for x in ('by token', 'by prompt, floor', 'first token', 'cross-entropy', 'both sides', 'no key')))
-PAIRS = [*((d, BASE) for d in (*LADDER, RULE, ORACLE, SWITCH, *HEADS)), (RULE, ORACLE), (SWITCH, RULE), (SWITCH, ORACLE),
-         *(('taught by token', d) for d in (*HEADS[:2], *HEADS[3:], SWITCH, RULE, ORACLE)), (SWITCH, 'taught by prompt, floor')]
+PAIRS = [*((d, BASE) for d in (*LADDER, RULE, ORACLE, SWITCH, *HEADS)),
+         (RULE, ORACLE), (SWITCH, RULE), (SWITCH, ORACLE), (SWITCH, 'taught by prompt, floor'),
+         *(('taught by token', d) for d in (*HEADS[:2], *HEADS[3:], SWITCH, RULE, ORACLE))]
 AT = {f'T = {s:g}': (BASE, s) for s in (.7, 1., 1.6)}
 
 
@@ -65,7 +70,7 @@ def name_of(prompt): # what the question is about
     return city[1] if city else f'the U.S. state {name}' if kind == 'state' else name
 
 
-def inside(p, model, tokenizer, splits, most, forms): # prompts of each family, at most so many facts, each in so many forms
+def inside(p, model, tokenizer, splits, most, forms): # prompts: of each family at most so many facts, in so many forms
     "About what the model knows: what it says right when it is asked plainly and decoded greedily"
     found = []
     for family,(corpora, texts) in FAMILIES.items():
@@ -76,7 +81,8 @@ def inside(p, model, tokenizer, splits, most, forms): # prompts of each family, 
         for i,x in enumerate(random.Random(0).sample(knows, min(most, len(knows)))):
             for k in range(forms):
                 text = [*texts.values()][(i + k) % len(texts)].format(name_of(x))
-                found.append(dict(x, id=f"{family}-{i}-{k}", corpus='inside', family=family, messages=[dict(role='user', content=text)]))
+                found.append(dict(x, id=f"{family}-{i}-{k}", corpus='inside', family=family,
+                                  messages=[dict(role='user', content=text)]))
     return found
 
 
@@ -98,7 +104,8 @@ def capital_letter(capital, s, min_p): # a rule: greedy where such a token is li
 
 def key_tokens(tokenizer, prompt): # a set of token ids
     key = prompt['answer']
-    return {i for way in (key, f' {key}', f' {key.lower()}') for i in tokenizer.encode(way, add_special_tokens=False)}
+    ways = tokenizer([key, f' {key}', f' {key.lower()}'], add_special_tokens=False).input_ids
+    return {i for ids in ways for i in ids}
 
 
 def on_the_key(tokenizer, prompts, s, min_p): # a rule: greedy where the likeliest token is one of the key
@@ -112,12 +119,13 @@ def answered(folder, model, tokenizer, p, asked, n): # asked: (prompts, length) 
     "The model's own answers with nothing cut, judged, in examples.json, and their scan beside it"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder/'examples.json').exists():
-        examples = [x for prompts,length in asked for x in on_policy(model, tokenizer, prompts, n, length, min_p=None, progress=False)]
+        examples = [x for prompts,length in asked
+                    for x in on_policy(model, tokenizer, prompts, n, length, min_p=None, progress=False)]
         write_whole(folder/'examples.json', lambda f: f.write_text(json.dumps(examples), encoding='utf-8'))
     scan(model, tokenizer, read(folder/'examples.json'), folder, p.batch_tokens, p.shard_examples, progress=False)
 
 
-def key_probe(tokenizer, table, examples, corpora): # hidden states -> how much they look like those before a key, beside the others
+def key_probe(tokenizer, table, examples, corpora): # hidden states -> how much they look like those before a key
     "A probe of the tokens of the key in right answers; both kinds count the same"
     keys = {x['answer']: key_tokens(tokenizer, x) for x in examples}
     y = torch.tensor([x['right'] and x['ids'][w] in keys[x['answer']] for x in examples for w in x['where']]).float()
@@ -190,7 +198,7 @@ def write_about(unit): # files of points, and of texts beside them
         print(file.name, flush=True)
 
 
-def written(folder, kinds): # (means of places, points) of the prompts about which all of these have written; None without one
+def written(folder, kinds): # (means of places, points) of what all of these have written about; None without that
     "Prompts that say their own key are left out"
     asked, half = read(folder/'inside'/'asked.json').values()
     of = {h: [x for x in asked if half[x['group']] == h] for h in (0, 1)}
@@ -210,8 +218,8 @@ def written(folder, kinds): # (means of places, points) of the prompts about whi
     return pd.concat([every, clusters]), frame
 
 
-def about(frame, draws): # prompts of each family, places, the tokens of all texts, and how many were written on which card
-    one = frame[(frame.decoder == frame.decoder.iloc[0]) & (frame.strength == frame.strength.iloc[0]) & (frame.seed == frame.seed.iloc[0])]
+def about(frame, draws): # prompts of each family, places, the tokens of all texts, and how many were written where
+    one = frame[(frame[['decoder', 'strength', 'seed']] == frame[['decoder', 'strength', 'seed']].iloc[0]).all(axis=1)]
     return dict(prompts=one.task.value_counts().sort_index().to_dict(), places=int(one.cluster.nunique()),
                 tokens=round((frame.length*draws).sum()), texts=(frame.groupby('card').size()*draws).to_dict())
 
@@ -219,7 +227,7 @@ def about(frame, draws): # prompts of each family, places, the tokens of all tex
 def settings(args): # the profile, the parameters, and the folder of what is learned
     root = project_root()
     p = load_profile(args.profile, root)
-    p.device, p.dtype, p.batch_tokens = args.device or p.device, args.dtype or p.dtype, args.batch_tokens or p.batch_tokens
+    for k in ('device', 'dtype', 'batch_tokens'): setattr(p, k, getattr(args, k) or getattr(p, k))
     return p, load_params(root), root/'learned'/p.name
 
 
@@ -255,6 +263,12 @@ def kept(file, make): # what is in a JSON file, made where it is not there
     return read(file)
 
 
+def corrected(every, pairs, seed): # {at: {decoder: p}}: of no gain over the constant, with Holm's correction
+    found = resampled(every, every, [x for x in pairs if x[1] == BASE], AT, bootstrap=RESAMPLES, seed=seed)
+    p = holm(np.array([p_value(x[1:, 2]) for x in found.values()]))
+    return {name: {d: float(x) for (d, _, k),x in zip(found, p) if k == name} for name in AT}
+
+
 def compared(args, run): # what is written
     "Where what learns nothing has written, where the switch has too, and where all heads have"
     p, params, folder = settings(args)
@@ -264,15 +278,19 @@ def compared(args, run): # what is written
         if name == 'heads' and not seeds or not (found := written(folder, of)): continue
         clusters, frame = found
         pairs = [x for x in PAIRS if {*x} <= {*frame.decoder}]
-        gains = verdicts(clusters, {k: (k, k) for k in ('all', *FAMILIES)}, pairs, AT, bootstrap=RESAMPLES, seed=params['seed'])
-        constant = clusters[(clusters['task'] == 'all') & (clusters.decoder == BASE)].groupby('strength').good.mean()
+        tasks, how = {k: (k, k) for k in ('all', *FAMILIES)}, dict(bootstrap=RESAMPLES, seed=params['seed'])
+        gains = verdicts(clusters, tasks, pairs, AT, **how)
+        every = clusters[clusters['task'] == 'all']
+        constant = every[every.decoder == BASE].groupby('strength').good.mean()
         what[name] = about(frame, args.draws) | dict(
-            constant={f'T = {k:g}': x for k,x in constant.items()}, gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
+            constant={f'T = {k:g}': x for k,x in constant.items()}, holm=corrected(every, pairs, params['seed']),
+            gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
         rows.append(clusters.assign(where=name))
     pd.concat(rows).to_csv(args.out.with_suffix('.csv'), index=False, float_format='%.5g')
     taught = pd.DataFrame(read(folder/'inside'/'examples.json')) if 'switch' in what else None
-    write = dict(profile=args.profile, commit=run['commit'], splits=args.splits, draws=args.draws, length=args.length, seeds=len(seeds),
-                 **({} if taught is None else dict(taught=len(taught), right=taught.groupby('family').right.mean().to_dict())), **what)
+    write = dict(profile=args.profile, commit=run['commit'], splits=args.splits, draws=args.draws, length=args.length,
+                 seeds=len(seeds), **what)
+    if taught is not None: write |= dict(taught=len(taught), right=taught.groupby('family').right.mean().to_dict())
     args.out.write_text(json.dumps(write, indent=1) + '\n')
     return gains
 
@@ -284,9 +302,9 @@ if __name__ == '__main__':
     parser.add_argument('--splits', nargs='+', default=['train', 'test'], help='whose places')
     parser.add_argument('--facts', type=int, default=100, help='of each family, at most')
     parser.add_argument('--forms', type=int, default=1, help='in which each is asked for, of four')
-    parser.add_argument('--draws', type=int, default=4, help='texts of each decoder for each prompt; twice as many are learned from')
+    parser.add_argument('--draws', type=int, default=4, help='texts for each prompt; twice as many are learned from')
     parser.add_argument('--length', type=int, default=64, help='of a text, in tokens')
-    parser.add_argument('--device', help='where to sample, if not as the profile says; --dtype and --batch-tokens likewise')
+    parser.add_argument('--device', help='if not as the profile says; --dtype and --batch-tokens likewise')
     parser.add_argument('--dtype')
     parser.add_argument('--batch-tokens', type=int)
     parser.add_argument('--rows', type=int, help='of a batch, if not as `sample` chooses')
@@ -295,7 +313,8 @@ if __name__ == '__main__':
     args = parser.parse_args()
     p, params, folder = settings(args)
     asked = kept(folder/'inside'/'asked.json', lambda: ask(args))
-    run, threads = kept(folder/'inside'/'run.json', lambda: learn(args, **asked)), max(1, torch.get_num_threads()//args.processes)
+    run = kept(folder/'inside'/'run.json', lambda: learn(args, **asked))
+    threads = max(1, torch.get_num_threads()//args.processes)
     units = [(args, [x for x in asked['prompts'] if asked['half'][x['group']] == h], kind, h, threads)
              for kind in ('free', 'switch', *map(str, range(p.seeds))) for h in (0, 1)]
     with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: [*pool.map(write_about, units)]

@@ -97,6 +97,8 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     assert found['free']['places'] == found['heads']['places']
     assert {*found['heads']['gains']['all']['T = 1']['taught by token']} >= {inside.BASE, inside.RULE}
     assert found['free']['gains']['all']['T = 1'].keys() & {inside.SWITCH, *inside.HEADS} == set()
+    p = found['heads']['holm']['T = 1']
+    assert {*p} == {d for d,r in inside.PAIRS if r == inside.BASE} and all(2/21 <= x <= 1 for x in p.values())
     kept = pd.read_csv(args.out.with_suffix('.csv'))
     assert {*kept['where']} == {'free', 'switch', 'heads'}
     before = len(inside.written(tmp_path, ['free'])[1])
