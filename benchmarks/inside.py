@@ -5,7 +5,7 @@ Beside the heads: constants, heads that never saw the task, a rule of one line (
 likeliest token begins a word with a capital letter), and an oracle that knows the key (greedy where the
 likeliest token is one of it). Writes OUT.json, and beside it a CSV with the means of each place; goes
 on with what an earlier run has left in learned/PROFILE/inside.
-Run, after `make rungs-further`: make inside
+Run, after `make rungs-further`: make inside, and after `make gemma-further`: make inside-gemma
 """
 import argparse, gzip, json, random, re
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +18,7 @@ import torch
 from run import commit
 
 from simpledeco.decode import tempered
-from simpledeco.files import write_whole
+from simpledeco.files import read_json, write_whole
 from simpledeco.judge import is_right
 from simpledeco.model import load_model
 from simpledeco.onpolicy import fit_answers, on_policy
@@ -122,7 +122,7 @@ def answered(folder, model, tokenizer, p, asked, n): # asked: (prompts, length) 
         examples = [x for prompts,length in asked
                     for x in on_policy(model, tokenizer, prompts, n, length, min_p=None, progress=False)]
         write_whole(folder/'examples.json', lambda f: f.write_text(json.dumps(examples), encoding='utf-8'))
-    scan(model, tokenizer, read(folder/'examples.json'), folder, p.batch_tokens, p.shard_examples, progress=False)
+    scan(model, tokenizer, read_json(folder/'examples.json'), folder, p.batch_tokens, p.shard_examples, progress=False)
 
 
 def key_probe(tokenizer, table, examples, corpora): # hidden states -> how much they look like those before a key
@@ -134,12 +134,9 @@ def key_probe(tokenizer, table, examples, corpora): # hidden states -> how much 
     return fit_probe(table.take('hidden', rows), y[rows], torch.where(y[rows] > 0, .5/share, .5/(1 - share)))
 
 
-def read(file): return json.loads(file.read_text(encoding='utf-8'))
-
-
 def fit_heads(folder, half, **how): # {name: head}, for the places of one half
     "Own heads have seen no such prompt, and taught ones those about the other half"
-    own, taught = ((TokenTable(x), read(x/'examples.json')) for x in (folder, folder/'inside'))
+    own, taught = ((TokenTable(x), read_json(x/'examples.json')) for x in (folder, folder/'inside'))
     free = (taught[0], rejudged(taught[1], lambda x, i: True))
     other, by_prompt = [f'half {1 - half}'], dict(by='prompt')
     teach = lambda of=taught, **kw: fit_answers(*of, other, **how | kw)
@@ -179,17 +176,17 @@ def write_about(unit): # files of points, and of texts beside them
     torch.set_num_threads(threads)
     (model, tokenizer), min_p = load_model(p.root/'models'/p.name, p.dtype, p.device), params['min_p']
     seed = int(kind) if kind.isdigit() else 0
-    if kind == 'free': rules = lambda some: free_rules(tokenizer, some, min_p)
-    elif kind == 'switch':
-        taught = TokenTable(folder/'inside'), read(folder/'inside'/'examples.json')
+    learned = None
+    if kind == 'switch':
+        taught = TokenTable(folder/'inside'), read_json(folder/'inside'/'examples.json')
         learned = switch_rules(key_probe(tokenizer, *taught, [f'half {1 - half}']), min_p)
-    else:
+    elif kind != 'free':
         how = dict(min_p=min_p, risk=params['answer_risk'], steps=params['steps'], lr=params['lr'], seed=seed)
         learned = head_rules({k: h.to(model.device) for k,h in fit_heads(folder, half, **how).items()}, min_p)
     for file,some in parts.items():
         if file.exists(): continue
-        asked, drawn = [x['messages'] for x in some], rules(some) if kind == 'free' else learned
-        answers = sample(model, tokenizer, asked, drawn, args.draws, args.length, seed, args.rows, progress=False)
+        asked, rules = [x['messages'] for x in some], learned or free_rules(tokenizer, some, min_p)
+        answers = sample(model, tokenizer, asked, rules, args.draws, args.length, seed, args.rows, progress=False)
         with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
             f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
         frame = points(tokenizer, 'inside', some, answers, seed)
@@ -200,7 +197,7 @@ def write_about(unit): # files of points, and of texts beside them
 
 def written(folder, kinds): # (means of places, points) of what all of these have written about; None without that
     "Prompts that say their own key are left out"
-    asked, half = read(folder/'inside'/'asked.json').values()
+    asked, half = read_json(folder/'inside'/'asked.json').values()
     of = {h: [x for x in asked if half[x['group']] == h] for h in (0, 1)}
     told = {h: [i for i,x in enumerate(xs) if is_right(x['messages'][0]['content'], x)] for h,xs in of.items()}
     def points_of(stem):
@@ -260,7 +257,7 @@ def kept(file, make): # what is in a JSON file, made where it is not there
     if not file.exists():
         made = make()
         write_whole(file, lambda f: f.write_text(json.dumps(made), encoding='utf-8'))
-    return read(file)
+    return read_json(file)
 
 
 def corrected(every, pairs, seed): # {at: {decoder: p}}: of no gain over the constant, with Holm's correction
@@ -287,7 +284,7 @@ def compared(args, run): # what is written
             gains=tree_of(gains, 'task', 'at', 'decoder', 'rival'))
         rows.append(clusters.assign(where=name))
     pd.concat(rows).to_csv(args.out.with_suffix('.csv'), index=False, float_format='%.5g')
-    taught = pd.DataFrame(read(folder/'inside'/'examples.json')) if 'switch' in what else None
+    taught = pd.DataFrame(read_json(folder/'inside'/'examples.json')) if 'switch' in what else None
     write = dict(profile=args.profile, commit=run['commit'], splits=args.splits, draws=args.draws, length=args.length,
                  seeds=len(seeds), **what)
     if taught is not None: write |= dict(taught=len(taught), right=taught.groupby('family').right.mean().to_dict())
@@ -310,6 +307,7 @@ if __name__ == '__main__':
     parser.add_argument('--rows', type=int, help='of a batch, if not as `sample` chooses')
     parser.add_argument('--processes', type=int, default=1, help='that write at the same time')
     parser.add_argument('--commit', help='the commit that is measured, where git cannot say it')
+    parser.add_argument('--compare', action='store_true', help='what an earlier run has left, and write no more texts')
     args = parser.parse_args()
     p, params, folder = settings(args)
     asked = kept(folder/'inside'/'asked.json', lambda: ask(args))
@@ -317,5 +315,6 @@ if __name__ == '__main__':
     threads = max(1, torch.get_num_threads()//args.processes)
     units = [(args, [x for x in asked['prompts'] if asked['half'][x['group']] == h], kind, h, threads)
              for kind in ('free', 'switch', *map(str, range(p.seeds))) for h in (0, 1)]
-    with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: [*pool.map(write_about, units)]
+    if not args.compare:
+        with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: [*pool.map(write_about, units)]
     print(compared(args, run).round(3).to_string(index=False))
