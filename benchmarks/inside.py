@@ -92,16 +92,6 @@ def halves(prompts): # {place: 0 or 1}
     return {g: i % 2 for i,g in enumerate(groups)}
 
 
-def capitals(tokenizer): # [V] whether a token begins a word with a capital letter
-    written = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return torch.tensor([t[:1] == ' ' and t[1:2].isupper() for t in written])
-
-
-def capital_letter(capital, s, min_p): # a rule: greedy where such a token is likeliest
-    cold = lambda step: capital.to(step.logits.device)[step.logits[:, :len(capital)].argmax(-1)]
-    return at(lambda step: s*(~cold(step)).float(), min_p)
-
-
 def key_tokens(tokenizer, prompt): # a set of token ids
     key = prompt['answer']
     ways = tokenizer([key, f' {key}', f' {key.lower()}'], add_special_tokens=False).input_ids
@@ -147,10 +137,10 @@ def fit_heads(folder, half, **how): # {name: head}, for the places of one half
 
 
 def free_rules(tokenizer, prompts, min_p): # {(decoder, strength): rule}, of those that learn nothing
-    c, capital = Asked(prompts, min_p, None, {}, {}, {}, None), capitals(tokenizer)
+    c = Asked(prompts, tokenizer, min_p, None, {}, {}, {}, None)
     found = {(d, s): RUNGS[d].live(c, s) for d in LADDER for s in RUNGS[d].grid}
     for s in WARM:
-        found |= {(BASE, s): constant(s, min_p=min_p), (RULE, s): capital_letter(capital, s, min_p),
+        found |= {(BASE, s): constant(s, min_p=min_p), (RULE, s): RUNGS[RULE].live(c, s),
                   (ORACLE, s): on_the_key(tokenizer, prompts, s, min_p)}
     return found
 

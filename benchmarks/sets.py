@@ -58,7 +58,7 @@ def heads_of(table, examples, **options): # {name: head}, of one seed
 
 
 def rules_of(heads, min_p): # {(decoder, strength): rule}
-    c = Asked([], min_p, None, heads, {}, {}, None)
+    c = Asked([], None, min_p, None, heads, {}, {}, None)
     found = {(d, s): RUNGS[d].live(c, s) for d,grid in STATIC.items() for s in grid}
     for name,head in heads.items():
         grid = TAUGHT if name.startswith('taught') else OWN

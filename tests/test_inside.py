@@ -30,11 +30,6 @@ def step(tokenizer, likeliest, asked=None): # one row each, whose likeliest toke
 def kept(x): return x.isfinite().sum(-1).tolist() # how many tokens may be drawn
 
 
-def test_greedy_where_a_word_with_a_capital_letter_is_likeliest(smoke):
-    at = step(smoke[1], [' Lima', ' lima', 'Lima', ' the', ' I', ' 12'])
-    assert kept(inside.capital_letter(inside.capitals(smoke[1]), 1., .1)(at)) == [1, 2, 2, 2, 1, 2]
-
-
 def test_greedy_where_a_token_of_the_own_key_is_likeliest(smoke):
     rule = inside.on_the_key(smoke[1], [dict(answer='Lima'), dict(answer='New Delhi')], 1., .1)
     assert kept(rule(step(smoke[1], [' Lima', ' Lima', ' New', ' New', ' lima'], [0, 1, 0, 1, 0]))) == [1, 2, 2, 1, 1]

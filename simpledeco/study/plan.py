@@ -18,7 +18,7 @@ TASKS = {'facts | creative': ('facts', 'creative'), 'plain | openly': ('plain', 
 AT = {f'T = {s:g}': ('static, min-p', s) for s in (.7, 1., 1.6)}
 BASE, OURS = 'static, min-p', ('by token', 'by prompt')
 RIVALS = ('by prompt', 'by prompt, floor', 'first token', 'running mean', 'mean by kind', 'question mark',
-          'learned switch', 'oracle switch', 'EDT', 'AutoDeco',
+          'learned switch', 'oracle switch', 'EDT', 'AutoDeco', 'capital letter',
           'given a value', 'both sides', 'no key', 'R = 0 on questions', 'shuffled key', 'right answers only', 'cross-entropy')
 PAIRS = [*((d, BASE) for d in RUNGS if d != BASE), *(('by token', d) for d in RIVALS),
          ('by prompt', 'question mark'), ('by prompt', 'learned switch')]

@@ -6,13 +6,15 @@ who chooses, what it looks at, and the one number by which each is made stronger
 
 # %% auto #0
 __all__ = ['QUESTION_WORDS', 'WARM', 'HOT', 'TIMES', 'FAR', 'STATIC_RUNGS', 'RULE_RUNGS', 'LEARNED_RUNGS', 'OUR_RUNGS',
-           'CONTROL_RUNGS', 'ORACLE_RUNGS', 'LEARNS', 'EXACT', 'RUNGS', 'Asked', 'asks_a_fact', 'fit_probe',
-           'value_temperature', 'two_sided', 'cross_entropy', 'fit_rungs', 'fit_probes', 'rated', 'mean_temperatures',
-           'rung', 'cut', 'greedy_below', 'floored', 'running_mean', 'learned_switch', 'given_value', 'rungs_of']
+           'CONTROL_RUNGS', 'ORACLE_RUNGS', 'LEARNS', 'EXACT', 'RUNGS', 'Asked', 'asks_a_fact', 'fit_probe', 'capitals',
+           'capital_letter', 'value_temperature', 'two_sided', 'cross_entropy', 'fit_rungs', 'fit_probes', 'rated',
+           'mean_temperatures', 'rung', 'cut', 'greedy_below', 'floored', 'running_mean', 'learned_switch',
+           'given_value', 'rungs_of']
 
 # %% ../../nbs/52_rungs.ipynb #rungs-imports
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from ..train import fit
 class Asked:
     "Some prompts, and what was trained on others"
     prompts:list # dicts with messages; the rules are sampled in this order
+    tokenizer:object
     min_p:float # the threshold of min-p sampling
     risk:float # the share of tokens at which one accepts to cut something right
     heads:dict # {name: TemperatureHead}, from `fit_rungs`
@@ -43,6 +46,8 @@ class Asked:
     def texts(self): return [x['messages'][-1]['content'] for x in self.prompts]
     @property
     def open(self): return torch.tensor([x['answer'] is None for x in self.prompts], dtype=torch.bool)
+    @cached_property
+    def capital(self): return capitals(self.tokenizer)
 
     def head(self, name, s): return head_rule(self.heads[name], s)
     def by_prompt(self, temperature): # [P] a temperature for each prompt -> a rule
@@ -77,6 +82,16 @@ def fit_probe(
     optimizer.step(loss)
     w, b = w.detach(), b.detach()
     return lambda h: torch.sigmoid(unit(h) @ w.to(h.device) + b.to(h.device))
+
+# %% ../../nbs/52_rungs.ipynb #capital
+def capitals(tokenizer): # [V] whether a token begins a word with a capital letter
+    written = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return torch.tensor([t[:1] == ' ' and t[1:2].isupper() for t in written])
+
+
+def capital_letter(capital, s, min_p): # a rule: greedy where such a token is likeliest
+    def cold(step): return capital.to(step.logits.device)[step.logits[:, :len(capital)].argmax(-1)]
+    return at(lambda step: s*(~cold(step)).float(), min_p)
 
 # %% ../../nbs/52_rungs.ipynb #value
 def value_temperature(
@@ -184,7 +199,7 @@ def mean_temperatures(head, table, examples): # {'open': T, 'closed': T}
 # %% ../../nbs/52_rungs.ipynb #rows-helpers
 WARM, HOT, TIMES = (.4, .7, 1., 1.3, 1.6, 2.), (.7, 1., 1.3, 1.6, 2., 2.5), (.5, 1., 1.5, 2., 3., 4.5)
 # more strengths for rungs whose six begin or end between the constants that they are compared with; sampled, and not tuned over
-FAR = dict.fromkeys(('by token', 'by prompt', 'by prompt, floor', 'first token', 'mean by kind'), (.25, 7., 11.))
+FAR = dict.fromkeys(('by token', 'by prompt', 'by prompt, floor', 'first token', 'mean by kind'), (.25, 7., 11.)) | {'capital letter': (2.5, 3.)}
 
 def rung(name, family, about, mark, grid, live, source=''): # a row
     return Decoder(name, family, about, mark, source, ('rungs',), live=live, grid=grid)
@@ -234,7 +249,9 @@ RULE_RUNGS = [
     rung('question mark', 'rule', 'greedy where the prompt ends in a question mark', '1', HOT,
          lambda c, s: c.switch([not asks(t) for t in c.texts], s)),
     rung('first word', 'rule', 'greedy where the prompt begins with a question word', '+', HOT,
-         lambda c, s: c.switch([not asks_a_fact(t) for t in c.texts], s))]
+         lambda c, s: c.switch([not asks_a_fact(t) for t in c.texts], s)),
+    rung('capital letter', 'rule', 'greedy where the likeliest token begins a word with a capital letter', 'A', WARM,
+         lambda c, s: capital_letter(c.capital, s, c.min_p))]
 
 # %% ../../nbs/52_rungs.ipynb #rows-learned
 def learned_switch(c, s): # greedy where the probe takes the prompt for a question
