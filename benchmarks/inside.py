@@ -149,12 +149,13 @@ def switch_rules(probe, min_p): # greedy where the probe sees the key coming
     return {(SWITCH, s): at(lambda step, s=s: s*(probe(step.hidden) <= .5).float(), min_p) for s in WARM}
 
 
-def head_rules(heads, min_p):
+def head_rules(heads, min_p, names=HEADS): # of those that are wanted
     found = {}
     for name,head in heads.items():
         grid = OWN if name.startswith('own') or 'entropy' in name else TAUGHT
         found |= {(name, s): floored(head, s, .1, min_p) if head.by == 'prompt' else head_rule(head, s) for s in grid}
-    return found | {('taught first token', s): at_first(heads['taught by token'], s, min_p) for s in TAUGHT}
+    found |= {('taught first token', s): at_first(heads['taught by token'], s, min_p) for s in TAUGHT}
+    return {k: rule for k,rule in found.items() if k[0] in names}
 
 
 def write_about(unit): # files of points, and of texts beside them
@@ -172,7 +173,7 @@ def write_about(unit): # files of points, and of texts beside them
         learned = switch_rules(key_probe(tokenizer, *taught, [f'half {1 - half}']), min_p)
     elif kind != 'free':
         how = dict(min_p=min_p, risk=params['answer_risk'], steps=params['steps'], lr=params['lr'], seed=seed)
-        learned = head_rules({k: h.to(model.device) for k,h in fit_heads(folder, half, **how).items()}, min_p)
+        learned = head_rules({k: h.to(model.device) for k,h in fit_heads(folder, half, **how).items()}, min_p, args.heads)
     for file,some in parts.items():
         if file.exists(): continue
         asked, rules = [x['messages'] for x in some], learned or free_rules(tokenizer, some, min_p)
@@ -185,8 +186,8 @@ def write_about(unit): # files of points, and of texts beside them
         print(file.name, flush=True)
 
 
-def written(folder, kinds): # (means of places, points) of what all of these have written about; None without that
-    "Prompts that say their own key are left out"
+def written(folder, kinds, after=0): # (means of places, points) of what all of these have written about; None without that
+    "Prompts that say their own key are left out, and the first so many of each half"
     asked, half = read_json(folder/'inside'/'asked.json').values()
     of = {h: [x for x in asked if half[x['group']] == h] for h in (0, 1)}
     told = {h: [i for i,x in enumerate(xs) if is_right(x['messages'][0]['content'], x)] for h,xs in of.items()}
@@ -194,7 +195,7 @@ def written(folder, kinds): # (means of places, points) of what all of these hav
         _, h, first = stem.split('-')
         rows = pd.read_csv(files[stem])
         return rows[~(rows.prompt + int(first)).isin(told[int(h)])]
-    files = {f.stem: f for f in (folder/'inside').glob('*-*-*.csv')}
+    files = {f.stem: f for f in (folder/'inside').glob('*-*-*.csv') if int(f.stem.split('-')[2]) >= after}
     places = sorted({stem.partition('-')[2] for stem in files})
     whole = [f'{k}-{x}' for x in places for k in kinds if all(f'{y}-{x}' in files for y in kinds)]
     if not whole: return None
@@ -260,9 +261,10 @@ def compared(args, run): # what is written
     "Where what learns nothing has written, where the switch has too, and where all heads have"
     p, params, folder = settings(args)
     seeds = sorted({f.stem.partition('-')[0] for f in (folder/'inside').glob('[0-9]*-*-*.csv')})
-    kinds, rows, what = dict(free=['free'], switch=['free', 'switch'], heads=['free', 'switch', *seeds]), [], {}
+    kinds, rows, what = dict(free=['free'], later=['free'], switch=['free', 'switch'], heads=['free', 'switch', *seeds]), [], {}
     for name,of in kinds.items():
-        if name == 'heads' and not seeds or not (found := written(folder, of)): continue
+        if name == 'heads' and not seeds or name == 'later' and not args.after: continue
+        if not (found := written(folder, of, args.after if name == 'later' else 0)): continue
         clusters, frame = found
         pairs = [x for x in PAIRS if {*x} <= {*frame.decoder}]
         tasks, how = {k: (k, k) for k in ('all', *FAMILIES)}, dict(bootstrap=RESAMPLES, seed=params['seed'])
@@ -289,6 +291,9 @@ if __name__ == '__main__':
     parser.add_argument('--splits', nargs='+', default=['train', 'test'], help='whose places')
     parser.add_argument('--facts', type=int, default=100, help='of each family, at most')
     parser.add_argument('--forms', type=int, default=1, help='in which each is asked for, of four')
+    parser.add_argument('--heads', nargs='+', choices=HEADS, default=HEADS, help='which, where each is dear')
+    parser.add_argument('--seeds', type=int, help='of heads, if not as the profile says')
+    parser.add_argument('--after', type=int, default=0, help='read the prompts after the first so many of each half alone, too')
     parser.add_argument('--draws', type=int, default=4, help='texts for each prompt; twice as many are learned from')
     parser.add_argument('--length', type=int, default=64, help='of a text, in tokens')
     parser.add_argument('--device', help='if not as the profile says; --dtype and --batch-tokens likewise')
@@ -304,7 +309,7 @@ if __name__ == '__main__':
     run = kept(folder/'inside'/'run.json', lambda: learn(args, **asked))
     threads = max(1, torch.get_num_threads()//args.processes)
     units = [(args, [x for x in asked['prompts'] if asked['half'][x['group']] == h], kind, h, threads)
-             for kind in ('free', 'switch', *map(str, range(p.seeds))) for h in (0, 1)]
+             for kind in ('free', 'switch', *map(str, range(args.seeds or p.seeds))) for h in (0, 1)]
     if not args.compare:
         with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: [*pool.map(write_about, units)]
     print(compared(args, run).round(3).to_string(index=False))

@@ -68,10 +68,10 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     knows = lambda text, x: not any(k in text for k in ('Write a', 'write a', 'Begin'))
     monkeypatch.setattr(inside, 'is_right', knows)
     families = {k: inside.FAMILIES[k] for k in ('capital', 'currency')}
-    few = dict(RESAMPLES=20, WARM=(.7, 1., 1.6), OWN=(1., 3.), TAUGHT=(1., 3.), FAMILIES=families)
+    few = dict(RESAMPLES=20, WARM=(.7, 1., 1.6), OWN=(1., 3.), TAUGHT=(1., 3.), PART=2, FAMILIES=families)
     for k,x in few.items(): monkeypatch.setattr(inside, k, x)
     args = SimpleNamespace(splits=['train'], facts=4, forms=1, draws=1, length=6, rows=None, out=tmp_path/'x.json', profile='smoke',
-                           commit='abc')
+                           commit='abc', heads=inside.HEADS, after=2)
     asked = inside.kept(tmp_path/'inside'/'asked.json', lambda: inside.ask(args))
     assert {x['family'] for x in asked['prompts']} == inside.FAMILIES.keys() and len(asked['prompts']) == 8
     run = inside.learn(args, **asked)
@@ -90,14 +90,17 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     assert found['heads']['places'] == len(asked['half']) and found['taught'] == 16
     assert found['free']['prompts'] == dict.fromkeys(sorted(inside.FAMILIES), 4)
     assert found['free']['places'] == found['heads']['places']
+    assert found['later']['prompts'].keys() <= found['free']['prompts'].keys() and sum(found['later']['prompts'].values()) == 8 - 2*2
     assert {*found['heads']['gains']['all']['T = 1']['taught by token']} >= {inside.BASE, inside.RULE}
     assert found['free']['gains']['all']['T = 1'].keys() & {inside.SWITCH, *inside.HEADS} == set()
     p = found['heads']['holm']['T = 1']
     assert {*p} == {d for d,r in inside.PAIRS if r == inside.BASE} and all(2/21 <= x <= 1 for x in p.values())
     kept = pd.read_csv(args.out.with_suffix('.csv'))
-    assert {*kept['where']} == {'free', 'switch', 'heads'}
+    assert {*kept['where']} == {'free', 'later', 'switch', 'heads'}
+    one = inside.head_rules(dict.fromkeys(inside.HEADS[:3], SimpleNamespace(by='token')), .1, ['taught by token'])
+    assert {*one} == {('taught by token', 1.), ('taught by token', 3.)}
     before = len(inside.written(tmp_path, ['free'])[1])
-    (tmp_path/'inside'/'0-1-0.csv').unlink() # ended before its time: what is left is what all have answered
+    for f in (tmp_path/'inside').glob('0-1-*.csv'): f.unlink() # ended before its time: what is left is what all have answered
     assert {*inside.written(tmp_path, ['free', 'switch', '0'])[1].cluster} == {x['group'] for x in of(0)}
     assert {*inside.written(tmp_path, ['free'])[1].cluster} == {*asked['half']}
     asked['prompts'][0]['messages'][0]['content'] += f" It is {asked['prompts'][0]['answer']}." # a prompt that says its key

@@ -11,7 +11,7 @@ __all__ = ['MODEL', 'TOKENS', 'HEADS', 'AUTODECO', 'ANSWERS', 'JUDGED', 'DATA', 
            'long_yaml', 'check_pipeline', 'run', 'stamp_run']
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-imports
-import argparse, ast, json, subprocess, sys
+import argparse, ast, json, os, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import yaml
 from ..files import write_json
 from .paper import CITED, normalise
 from .results import AGAIN, read_results, results_folder, stamp
-from .settings import load_params, project_root
+from .settings import load_params, load_profile, project_root
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-imported
 def imported(
@@ -262,7 +262,8 @@ def run(
     import papermill
     source = root/f'nbs/pipeline/{stage}.ipynb'
     out = root/f'build/{profile}/{stage}.ipynb'
-    params = load_params(root) | dict(profile=profile)
+    params, threads = load_params(root) | dict(profile=profile), load_profile(profile, root).threads
+    os.environ['OMP_NUM_THREADS'] = str(min(threads, int(os.environ.get('OMP_NUM_THREADS', os.cpu_count())))) # the notebook's
     out.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(source), str(out), {k: params[k] for k in parameters(source)},
                                kernel_name='python3', cwd=str(root), progress_bar=True)

@@ -34,7 +34,7 @@ PROFILE_KEYS = dict(model=str, sha256=str, template=str, stop=str, max_examples=
                     max_tokens=int,
                     corpora=str, reward_model=str, families=str, primary=str, fresh=str, secondary=str,
                     unrelated=str, open=str, answer_tokens=int, open_tokens=int, open_test_tokens=int,
-                    tasks=str, rungs=str)
+                    tasks=str, rungs=str, threads=int)
 
 # %% ../../nbs/40_settings.ipynb #829fbfdb
 def load_profile(
