@@ -44,7 +44,7 @@ paper: setup
 	dvc repro
 
 repro/%:
-	dvc repro --wait-for-lock $(subst +, ,$*)
+	dvc --wait-for-lock repro $(subst +, ,$*)
 
 # two processes with a thread each, which on two cores is faster than one with two
 test: setup model
