@@ -39,12 +39,13 @@ tex:
 # two wings that need nothing of each other run side by side, with a thread each; what is measured in seconds, figures and PDF come last
 paper: setup
 	dvc repro model
-	$(TOGETHER) repro/autodeco repro/search+ladder
-	$(TOGETHER) repro/evaluate+losses+contract+controls+lethality repro/benchmarks
+	$(TOGETHER) stages/prescan+autodeco stages/answers+search+ladder
+	$(TOGETHER) stages/train+evaluate+losses+contract+controls+lethality stages/onpolicy+frontier+benchmarks
 	dvc repro
 
-repro/%:
-	dvc --wait-for-lock repro $(subst +, ,$*)
+# these alone and not what they need, since DVC lets one process at a time look at a stage
+stages/%:
+	dvc --wait-for-lock repro --single-item $(subst +, ,$*)
 
 # two processes with a thread each, which on two cores is faster than one with two
 test: setup model
