@@ -6,14 +6,14 @@ temperature of its own for each token."""
 
 # %% auto #0
 __all__ = ['NEUTRAL', 'OFF', 'divisor', 'Attachment', 'check_plain_logits', 'attach', 'min_p_filter', 'top_p_filter', 'tempered',
-           'sampling', 'prompt_temperature']
+           'sampling', 'prompt_temperature', 'capitals', 'CapitalLetter', 'greedy_at_capitals']
 
 # %% ../nbs/05_decode.ipynb #decode-imports
 import math
 from threading import get_ident, Lock
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from .checks import check_fraction
 from .head import check_fits, check_min_p
@@ -189,13 +189,16 @@ NEUTRAL = dict(temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0, epsilon_cutof
 OFF = ('top_h', 'sequence_bias', 'exponential_decay_length_penalty', 'watermarking_config')
 
 # %% ../nbs/05_decode.ipynb #9ae4b7f4
+def _nothing_else(**options): # sampling options in the place of the model's own
+    return dict(do_sample=True, **options, **dict.fromkeys(OFF), generation_config=GenerationConfig(**NEUTRAL))
+
+
 def sampling(
     head, # a TemperatureHead
     min_p:float|None=None, # the min-p to decode with; None: the head's own, and nothing else is accepted
 )->dict: # keyword arguments for `model.generate`
     "Sampling options for a model with this head attached, in the place of the model's own"
-    return dict(do_sample=True, min_p=check_min_p(head, min_p), **dict.fromkeys(OFF),
-                generation_config=GenerationConfig(**NEUTRAL))
+    return _nothing_else(min_p=check_min_p(head, min_p))
 
 # %% ../nbs/05_decode.ipynb #by-prompt
 @torch.no_grad()
@@ -212,3 +215,30 @@ def prompt_temperature(
     check_fits(head, model, other_model)
     hidden, logits, _ = read_output(model, lambda h: h[:, -1], input_ids=ids, **inputs)
     return scale*head.temperature(head.live_inputs(hidden, logits))
+
+# %% ../nbs/05_decode.ipynb #capital
+def capitals(
+    tokenizer,
+)->torch.Tensor: # [V] bool
+    "Which tokens begin a word with a capital letter"
+    written = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return torch.tensor([t[:1] == ' ' and t[1:2].isupper() for t in written])
+
+
+class CapitalLetter(LogitsProcessor):
+    "Greedy where the likeliest token is one of `capital`, elsewhere a temperature with min-p"
+    def __init__(self, capital, temperature, min_p): self.capital, self.temperature, self.min_p = capital, temperature, min_p
+    def __call__(self, input_ids, scores): # of the text so far; logits [R, V]
+        name = self.capital.to(scores.device)[scores[:, :len(self.capital)].argmax(-1)]
+        return tempered(scores, self.temperature*(~name).float(), min_p=self.min_p)
+
+
+def greedy_at_capitals(
+    tokenizer,
+    temperature:float, # where no name is likeliest
+    min_p:float=.1, # the threshold of min-p sampling
+)->dict: # keyword arguments for `model.generate`
+    "Sampling options that are greedy where the likeliest token begins a word with a capital letter. Raises `ValueError`"
+    check_fraction('min_p', min_p)
+    if not temperature >= 0: raise ValueError(f'temperature is {temperature}: it must not be negative')
+    return _nothing_else(logits_processor=[CapitalLetter(capitals(tokenizer), temperature, min_p)])

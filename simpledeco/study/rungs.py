@@ -6,10 +6,10 @@ who chooses, what it looks at, and the one number by which each is made stronger
 
 # %% auto #0
 __all__ = ['QUESTION_WORDS', 'WARM', 'HOT', 'TIMES', 'FAR', 'STATIC_RUNGS', 'RULE_RUNGS', 'LEARNED_RUNGS', 'OUR_RUNGS',
-           'CONTROL_RUNGS', 'ORACLE_RUNGS', 'LEARNS', 'EXACT', 'RUNGS', 'Asked', 'asks_a_fact', 'fit_probe', 'capitals',
-           'capital_letter', 'value_temperature', 'two_sided', 'cross_entropy', 'fit_rungs', 'fit_probes', 'rated',
-           'mean_temperatures', 'rung', 'cut', 'greedy_below', 'floored', 'running_mean', 'learned_switch',
-           'given_value', 'rungs_of']
+           'CONTROL_RUNGS', 'ORACLE_RUNGS', 'LEARNS', 'EXACT', 'RUNGS', 'Asked', 'asks_a_fact', 'fit_probe',
+           'value_temperature', 'two_sided', 'cross_entropy', 'fit_rungs', 'fit_probes', 'rated', 'mean_temperatures',
+           'rung', 'cut', 'greedy_below', 'floored', 'capital_letter', 'running_mean', 'learned_switch', 'given_value',
+           'rungs_of']
 
 # %% ../../nbs/52_rungs.ipynb #rungs-imports
 import math
@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..decode import tempered
+from ..decode import capitals, CapitalLetter, tempered
 from ..logits import log_partition
 from ..loss import minimum_sufficient_hinge, required_temperature
 from ..onpolicy import by_corpus, chosen, fit_answers, useful_gap
@@ -82,16 +82,6 @@ def fit_probe(
     optimizer.step(loss)
     w, b = w.detach(), b.detach()
     return lambda h: torch.sigmoid(unit(h) @ w.to(h.device) + b.to(h.device))
-
-# %% ../../nbs/52_rungs.ipynb #capital
-def capitals(tokenizer): # [V] whether a token begins a word with a capital letter
-    written = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return torch.tensor([t[:1] == ' ' and t[1:2].isupper() for t in written])
-
-
-def capital_letter(capital, s, min_p): # a rule: greedy where such a token is likeliest
-    def cold(step): return capital.to(step.logits.device)[step.logits[:, :len(capital)].argmax(-1)]
-    return at(lambda step: s*(~cold(step)).float(), min_p)
 
 # %% ../../nbs/52_rungs.ipynb #value
 def value_temperature(
@@ -216,6 +206,10 @@ def floored(head, s, least, min_p): # a rule: at least so much of what the head 
     first = lambda step: head.temperature(head.live_inputs(step.first_hidden, step.first_logits))
     return at(lambda step: s*first(step).clamp(min=least), min_p)
 
+def capital_letter(c, s): # a rule: greedy where the likeliest token begins a word with a capital letter
+    rule = CapitalLetter(c.capital, s, c.min_p)
+    return lambda step: rule(None, step.logits)
+
 def running_mean(head, s, min_p): # a rule: the mean of the head's temperatures in this answer so far
     def rule(step):
         total, count = (step.state.setdefault(k, {}) for k in ('total', 'count'))
@@ -250,8 +244,7 @@ RULE_RUNGS = [
          lambda c, s: c.switch([not asks(t) for t in c.texts], s)),
     rung('first word', 'rule', 'greedy where the prompt begins with a question word', '+', HOT,
          lambda c, s: c.switch([not asks_a_fact(t) for t in c.texts], s)),
-    rung('capital letter', 'rule', 'greedy where the likeliest token begins a word with a capital letter', 'A', WARM,
-         lambda c, s: capital_letter(c.capital, s, c.min_p))]
+    rung('capital letter', 'rule', 'greedy where the likeliest token begins a word with a capital letter', 'A', WARM, capital_letter)]
 
 # %% ../../nbs/52_rungs.ipynb #rows-learned
 def learned_switch(c, s): # greedy where the probe takes the prompt for a question
