@@ -695,6 +695,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'simpledeco.study.rungs.fit_rungs': ('rungs.html#fit_rungs', 'simpledeco/study/rungs.py'),
                                         'simpledeco.study.rungs.floored': ('rungs.html#floored', 'simpledeco/study/rungs.py'),
                                         'simpledeco.study.rungs.given_value': ('rungs.html#given_value', 'simpledeco/study/rungs.py'),
+                                        'simpledeco.study.rungs.greedy_at_random': ( 'rungs.html#greedy_at_random',
+                                                                                     'simpledeco/study/rungs.py'),
                                         'simpledeco.study.rungs.greedy_below': ('rungs.html#greedy_below', 'simpledeco/study/rungs.py'),
                                         'simpledeco.study.rungs.learned_switch': ('rungs.html#learned_switch', 'simpledeco/study/rungs.py'),
                                         'simpledeco.study.rungs.mean_temperatures': ( 'rungs.html#mean_temperatures',

@@ -8,11 +8,11 @@ who chooses, what it looks at, and the one number by which each is made stronger
 __all__ = ['QUESTION_WORDS', 'WARM', 'HOT', 'TIMES', 'FAR', 'STATIC_RUNGS', 'RULE_RUNGS', 'LEARNED_RUNGS', 'OUR_RUNGS',
            'CONTROL_RUNGS', 'ORACLE_RUNGS', 'LEARNS', 'EXACT', 'RUNGS', 'Asked', 'asks_a_fact', 'fit_probe',
            'value_temperature', 'two_sided', 'cross_entropy', 'fit_rungs', 'fit_probes', 'rated', 'mean_temperatures',
-           'rung', 'cut', 'greedy_below', 'floored', 'capital_letter', 'running_mean', 'learned_switch', 'given_value',
-           'rungs_of']
+           'rung', 'cut', 'greedy_below', 'floored', 'capital_letter', 'greedy_at_random', 'running_mean',
+           'learned_switch', 'given_value', 'rungs_of']
 
 # %% ../../nbs/52_rungs.ipynb #rungs-imports
-import math
+import math, random
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -189,7 +189,8 @@ def mean_temperatures(head, table, examples): # {'open': T, 'closed': T}
 # %% ../../nbs/52_rungs.ipynb #rows-helpers
 WARM, HOT, TIMES = (.4, .7, 1., 1.3, 1.6, 2.), (.7, 1., 1.3, 1.6, 2., 2.5), (.5, 1., 1.5, 2., 3., 4.5)
 # more strengths for rungs whose six begin or end between the constants that they are compared with; sampled, and not tuned over
-FAR = dict.fromkeys(('by token', 'by prompt', 'by prompt, floor', 'first token', 'mean by kind'), (.25, 7., 11.)) | {'capital letter': (2.5, 3.)}
+FAR = dict.fromkeys(('by token', 'by prompt', 'by prompt, floor', 'first token', 'mean by kind'), (.25, 7., 11.)) \
+    | dict.fromkeys(('capital letter', 'one in five'), (2.5, 3.))
 
 def rung(name, family, about, mark, grid, live, source=''): # a row
     return Decoder(name, family, about, mark, source, ('rungs',), live=live, grid=grid)
@@ -209,6 +210,14 @@ def floored(head, s, least, min_p): # a rule: at least so much of what the head 
 def capital_letter(c, s): # a rule: greedy where the likeliest token begins a word with a capital letter
     rule = CapitalLetter(c.capital, s, c.min_p)
     return lambda step: rule(None, step.logits)
+
+def greedy_at_random(s, share, min_p): # a rule: greedy at such a share of the tokens
+    def rule(step):
+        written = step.state.setdefault('written', {})
+        for i in step.rows.tolist(): written[i] = written.get(i, 0) + 1
+        warm = [random.Random(f'{i} {written[i]}').random() >= share for i in step.rows.tolist()]
+        return tempered(step.logits, s*torch.tensor(warm, device=step.logits.device).float(), min_p=min_p)
+    return rule
 
 def running_mean(head, s, min_p): # a rule: the mean of the head's temperatures in this answer so far
     def rule(step):
@@ -244,7 +253,8 @@ RULE_RUNGS = [
          lambda c, s: c.switch([not asks(t) for t in c.texts], s)),
     rung('first word', 'rule', 'greedy where the prompt begins with a question word', '+', HOT,
          lambda c, s: c.switch([not asks_a_fact(t) for t in c.texts], s)),
-    rung('capital letter', 'rule', 'greedy where the likeliest token begins a word with a capital letter', 'A', WARM, capital_letter)]
+    rung('capital letter', 'rule', 'greedy where the likeliest token begins a word with a capital letter', 'A', WARM, capital_letter),
+    rung('one in five', 'rule', 'greedy at one token of five, at random', 'R', WARM, lambda c, s: greedy_at_random(s, .2, c.min_p))]
 
 # %% ../../nbs/52_rungs.ipynb #rows-learned
 def learned_switch(c, s): # greedy where the probe takes the prompt for a question
