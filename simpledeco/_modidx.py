@@ -797,6 +797,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.detect_table': ('tables.html#detect_table', 'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.drawn': ('tables.html#drawn', 'simpledeco/study/tables.py'),
+                                         'simpledeco.study.tables.front_inside_table': ( 'tables.html#front_inside_table',
+                                                                                         'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.front_table': ('tables.html#front_table', 'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.frontier_table': ( 'tables.html#frontier_table',
                                                                                      'simpledeco/study/tables.py'),
