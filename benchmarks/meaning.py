@@ -67,9 +67,11 @@ if __name__ == '__main__':
     parser.add_argument('learned', type=Path, help='learned/PROFILE, with texts')
     parser.add_argument('out', type=Path, help='the JSON file to write')
     parser.add_argument('--unread', action='store_true', help='variety of meaning alone, in minutes')
+    parser.add_argument('--decoders', nargs='+', help='whose texts, if not those of all that are compared')
     args, root = parser.parse_args(), project_root()
     p, params = load_profile(args.learned.name, root), load_params(root)
-    frame, tasks = kept(args.learned), tasks_of(p, *load_model(model_folder(p.name, root)), params['min_p'])
+    frame = kept(args.learned)[lambda x: x.decoder.isin(args.decoders or x.decoder)]
+    tasks = tasks_of(p, *load_model(model_folder(p.name, root)), params['min_p'])
     other = None if args.unread else load_model(model_folder(other_of(p.name), root))
     frame = read(checked(frame, tasks), tasks, load_encoder(), other)
     by = ['task', 'decoder', 'strength', 'seed', 'cluster']

@@ -335,11 +335,11 @@ def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 0.7'):
     return table_tex(['', *tasks], [*([named(d), *row(d, base)] for d in there(LADDER, 'decoder')), None,
                                     *([named(f'{ours}, over {r}'), *row(ours, r)] for r in there(PAIRED, 'rival'))], 'l' + 'r'*len(tasks))
 
-def rungs_further_table(c, base='static, min-p', ours='by token'):
+def rungs_further_table(c, base='static, min-p'):
     "All decoders that were asked about the places of `further`, and these places alone, at each variety"
     gains = c.again('rungs_gains')[lambda x: x.task == 'further']
-    pairs = ([(d, base) for d in dict.fromkeys(gains[gains.rival == base].decoder)],
-             [(ours, r) for r in dict.fromkeys(gains.rival) if r != base])
+    every = list(dict.fromkeys(zip(gains.decoder, gains.rival)))
+    pairs = [x for x in every if x[1] == base], [x for x in every if x[1] != base]
     row = lambda d, r: [gain_cell(gains[(gains.decoder == d) & (gains.rival == r) & (gains['at'] == at)]) for at in AT]
     over, under = ([[named(d if r == base else f'{d}, over {r}'), *row(d, r)] for d,r in some] for some in pairs)
     return table_tex(['', *map(named, AT)], [*over, None, *under], 'l' + 'r'*len(AT))
