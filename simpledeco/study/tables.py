@@ -322,8 +322,7 @@ def rungs_table(c, fixed, listed, of, at='T = 1'):
     return table_tex(['', *tasks], rows, 'l' + 'r'*len(tasks))
 
 # %% ../../nbs/19_tables.ipynb #tables-rungs-few
-LADDER = ('by token', 'by prompt', 'first token', 'mean by kind', 'R = 0 on questions', 'cross-entropy', 'question mark',
-          'learned switch', 'oracle switch', 'EDT', 'dynamic temperature', 'AutoDeco', 'static, top-p')
+LADDER = ('by token', 'by prompt', 'first token', 'cross-entropy', 'question mark', 'oracle switch', 'EDT', 'dynamic temperature', 'AutoDeco')
 PAIRED = ('by prompt', 'first token', 'question mark', 'cross-entropy')
 
 def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 0.7'):
