@@ -195,7 +195,8 @@ def written(folder, kinds, after=0): # (means of places, points) of what all of 
         _, h, first = stem.split('-')
         rows = pd.read_csv(files[stem])
         return rows[~(rows.prompt + int(first)).isin(told[int(h)])]
-    files = {f.stem: f for f in (folder/'inside').glob('*-*-*.csv') if int(f.stem.split('-')[2]) >= after}
+    every = (folder/'inside').glob('*-*-*.csv')
+    files = {f.stem: f for f in every if int(f.stem.split('-')[2]) >= after}
     places = sorted({stem.partition('-')[2] for stem in files})
     whole = [f'{k}-{x}' for x in places for k in kinds if all(f'{y}-{x}' in files for y in kinds)]
     if not whole: return None
@@ -261,7 +262,8 @@ def compared(args, run): # what is written
     "Where what learns nothing has written, where the switch has too, and where all heads have"
     p, params, folder = settings(args)
     seeds = sorted({f.stem.partition('-')[0] for f in (folder/'inside').glob('[0-9]*-*-*.csv')})
-    kinds, rows, what = dict(free=['free'], later=['free'], switch=['free', 'switch'], heads=['free', 'switch', *seeds]), [], {}
+    rows, what = [], {}
+    kinds = dict(free=['free'], later=['free'], switch=['free', 'switch'], heads=['free', 'switch', *seeds])
     for name,of in kinds.items():
         if name == 'heads' and not seeds or name == 'later' and not args.after: continue
         if not (found := written(folder, of, args.after if name == 'later' else 0)): continue
@@ -293,7 +295,8 @@ if __name__ == '__main__':
     parser.add_argument('--forms', type=int, default=1, help='in which each is asked for, of four')
     parser.add_argument('--heads', nargs='+', choices=HEADS, default=HEADS, help='which, where each is dear')
     parser.add_argument('--seeds', type=int, help='of heads, if not as the profile says')
-    parser.add_argument('--after', type=int, default=0, help='read the prompts after the first so many of each half alone, too')
+    parser.add_argument('--after', type=int, default=0,
+                        help='read the prompts after the first so many of each half alone, too')
     parser.add_argument('--draws', type=int, default=4, help='texts for each prompt; twice as many are learned from')
     parser.add_argument('--length', type=int, default=64, help='of a text, in tokens')
     parser.add_argument('--device', help='if not as the profile says; --dtype and --batch-tokens likewise')

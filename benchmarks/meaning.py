@@ -16,7 +16,8 @@ from simpledeco.study.plan import AT, BASE, TASKS
 from simpledeco.study.settings import load_params, load_profile, project_root
 from simpledeco.study.strengths import cluster, tasks_of, tree_of, verdicts
 
-PAIRS = [('by token', 'by prompt'), ('by token', BASE), ('by prompt', BASE), ('capital letter', BASE), ('by token', 'capital letter')]
+PAIRS = [('by token', 'by prompt'), ('by token', BASE), ('by prompt', BASE), ('capital letter', BASE),
+         ('by token', 'capital letter')]
 KEY = ['decoder', 'strength', 'prompt']
 EACH = 1 # of the texts to a prompt, the other model reads so many
 

@@ -322,7 +322,8 @@ def rungs_table(c, fixed, listed, of, at='T = 1'):
     return table_tex(['', *tasks], rows, 'l' + 'r'*len(tasks))
 
 # %% ../../nbs/19_tables.ipynb #tables-rungs-few
-LADDER = ('by token', 'by prompt', 'first token', 'cross-entropy', 'question mark', 'oracle switch', 'EDT', 'dynamic temperature', 'AutoDeco')
+LADDER = ('by token', 'by prompt', 'first token', 'cross-entropy', 'question mark', 'oracle switch', 'EDT', 'dynamic temperature',
+          'AutoDeco')
 PAIRED = ('by prompt', 'first token', 'question mark', 'cross-entropy')
 
 def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 0.7'):
@@ -398,7 +399,8 @@ def front_table(c)->str: # Markdown
     line = lambda cells: f"| {' | '.join(cells)} |"
     return '\n'.join([line(head), line(['---'] + 3*['--:']), *map(line, rows)])
 
-FRONT_INSIDE = {'by token': 'a head, by token', 'by prompt, floor': 'a head, by prompt', 'one in five': 'greedy at one token of five, at random',
+FRONT_INSIDE = {'by token': 'a head, by token', 'by prompt, floor': 'a head, by prompt',
+                'one in five': 'greedy at one token of five, at random',
                 'capital letter': '**greedy where the likeliest token begins a word with a capital letter**'}
 
 def front_inside_table(models, at='T = 1')->str: # Markdown; {model: Drawn of the places that were asked about further}
