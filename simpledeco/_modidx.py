@@ -807,6 +807,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'simpledeco.study.tables.interval': ('tables.html#interval', 'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.ladder_table': ('tables.html#ladder_table', 'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.losses_table': ('tables.html#losses_table', 'simpledeco/study/tables.py'),
+                                         'simpledeco.study.tables.markdown_table': ( 'tables.html#markdown_table',
+                                                                                     'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.of_both': ('tables.html#of_both', 'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.oracle_rows': ('tables.html#oracle_rows', 'simpledeco/study/tables.py'),
                                          'simpledeco.study.tables.oracles_table': ( 'tables.html#oracles_table',

@@ -35,7 +35,7 @@ from ..train import fit
 class Asked:
     "Some prompts, and what was trained on others"
     prompts:list # dicts with messages; the rules are sampled in this order
-    tokenizer:object
+    tokenizer:object # of the model that answers them
     min_p:float # the threshold of min-p sampling
     risk:float # the share of tokens at which one accepts to cut something right
     heads:dict # {name: TemperatureHead}, from `fit_rungs`

@@ -11,8 +11,8 @@ __all__ = ['dot', 'signed', 'named', 'ANSWERS', 'JUDGED', 'FEW', 'IN_FIGURE', 'O
            'settings_table', 'comparison_table', 'frontier_table', 'accuracy_table', 'against_table', 'search_table',
            'benchmarks_table', 'detect_table', 'sentences_table', 'samples_table', 'decoders_table', 'oracle_rows',
            'oracles_table', 'ladder_table', 'gain_cell', 'rungs_table', 'rungs_few_table', 'rungs_further_table',
-           'of_both', 'claims_table', 'front_table', 'front_inside_table', 'Figure', 'adaptive_contract', 'drawn',
-           'write_all']
+           'of_both', 'claims_table', 'markdown_table', 'front_table', 'front_inside_table', 'Figure',
+           'adaptive_contract', 'drawn', 'write_all']
 
 # %% ../../nbs/19_tables.ipynb #tables-imports
 from collections.abc import Callable
@@ -390,14 +390,16 @@ FRONT = {'T = 1': 'a constant, T = 1', 'AutoDeco': 'AutoDeco', 'judged, left out
          'question mark, T = 1': 'greedy after a question mark, else T = 1',
          'question mark, T = 1.5': 'greedy after a question mark, else T = 1.5'}
 
+def markdown_table(head, rows)->str: # a name first, then numbers
+    line = lambda cells: f"| {' | '.join(cells)} |"
+    return '\n'.join([line(head), line(['---', *['--:']*(len(head) - 1)]), *map(line, rows)])
+
 def front_table(c)->str: # Markdown
     "Accuracy, variety, and how far above the constants, of a few decoders"
     found = c.numbers['frontier']['methods']
     rows = [(shown, f"{found[m]['accuracy']['mean']:.3f}", f"{found[m]['diversity']['mean']:.3f}",
              interval(found[m]['excess']) if 'excess' in found[m] else '') for m,shown in FRONT.items()]
-    head = ('decoder', 'right answers', 'variety', 'above the constants, with 95% interval')
-    line = lambda cells: f"| {' | '.join(cells)} |"
-    return '\n'.join([line(head), line(['---'] + 3*['--:']), *map(line, rows)])
+    return markdown_table(('decoder', 'right answers', 'variety', 'above the constants, with 95% interval'), rows)
 
 FRONT_INSIDE = {'by token': 'a head, by token', 'by prompt, floor': 'a head, by prompt',
                 'one in five': 'greedy at one token of five, at random',
@@ -409,8 +411,7 @@ def front_inside_table(models, at='T = 1')->str: # Markdown; {model: Drawn of th
              for m,c in models.items()}
     cell = lambda r: interval(dict(mean=r.gain, lo=r.lo, hi=r.hi))
     rows = [(shown, *(cell(g.loc[d]) for g in gains.values())) for d,shown in FRONT_INSIDE.items()]
-    line = lambda cells: f"| {' | '.join(cells)} |"
-    return '\n'.join([line(['decoder', *models]), line(['---', *['--:']*len(models)]), *map(line, rows)])
+    return markdown_table(('decoder', *models), rows)
 
 # %% ../../nbs/19_tables.ipynb #tables-all
 TABLES = {k: (('evaluate',), partial(score_table, measure=k))
