@@ -55,10 +55,10 @@ BASE, RULE, ORACLE = 'static, min-p', 'capital letter', 'oracle, cold on the key
 WARM, OWN = (.4, .7, 1., 1.3, 1.6, 2., 2.5, 3.), (.25, .5, 1., 1.5, 2., 3., 4.5, 7.)
 TAUGHT = (.5, 1., 2., 3., 4.5, 7., 11., 18.)
 PART = 24 # prompts that are kept together
-LADDER = 'static, top-p', 'p-less', 'EDT' # with their strengths there
+LADDER = 'static, top-p', 'p-less', 'EDT', 'dynamic temperature', 'one in five' # with their strengths there
 SWITCH, HEADS = 'taught switch', ('own by token', 'own by prompt, floor', *(
-    f'taught {x}' for x in ('by token', 'by prompt, floor', 'first token', 'cross-entropy', 'both sides', 'no key')))
-PAIRS = [*((d, BASE) for d in (*LADDER, RULE, ORACLE, SWITCH, *HEADS)),
+    f'taught {x}' for x in ('by token', 'by prompt, floor', 'first token', 'cross-entropy', 'both sides', 'no key', 'at risk .05')))
+PAIRS = [*((d, BASE) for d in (*LADDER, RULE, ORACLE, SWITCH, *HEADS)), *((RULE, d) for d in LADDER[2:]),
          (RULE, ORACLE), (SWITCH, RULE), (SWITCH, ORACLE), (SWITCH, 'taught by prompt, floor'),
          *(('taught by token', d) for d in (*HEADS[:2], *HEADS[3:], SWITCH, RULE, ORACLE))]
 AT = {f'T = {s:g}': (BASE, s) for s in (.7, 1., 1.6)}
@@ -70,7 +70,7 @@ def name_of(prompt): # what the question is about
     return city[1] if city else f'the U.S. state {name}' if kind == 'state' else name
 
 
-def inside(p, model, tokenizer, splits, most, forms): # prompts: of each family at most so many facts, in so many forms
+def inside(p, model, tokenizer, splits, most, kinds): # prompts: of each family at most so many facts, each in these kinds of text
     "About what the model knows: what it says right when it is asked plainly and decoded greedily"
     found = []
     for family,(corpora, texts) in FAMILIES.items():
@@ -79,10 +79,11 @@ def inside(p, model, tokenizer, splits, most, forms): # prompts: of each family 
                         progress=False)['greedy']
         knows = [x for x,g in zip(ask, greedy) if is_right(text_of(tokenizer, g[0]), x)]
         for i,x in enumerate(random.Random(0).sample(knows, min(most, len(knows)))):
-            for k in range(forms):
+            for k in kinds:
                 text = [*texts.values()][(i + k) % len(texts)].format(name_of(x))
                 found.append(dict(x, id=f"{family}-{i}-{k}", corpus='inside', family=family,
                                   messages=[dict(role='user', content=text)]))
+    random.Random(0).shuffle(found) # so that a run which is cut off has asked about every family
     return found
 
 
@@ -124,16 +125,20 @@ def key_probe(tokenizer, table, examples, corpora): # hidden states -> how much 
     return fit_probe(table.take('hidden', rows), y[rows], torch.where(y[rows] > 0, .5/share, .5/(1 - share)))
 
 
-def fit_heads(folder, half, **how): # {name: head}, for the places of one half
+def fit_heads(folder, half, names, **how): # {name: head}, for the places of one half
     "Own heads have seen no such prompt, and taught ones those about the other half"
-    own, taught = ((TokenTable(x), read_json(x/'examples.json')) for x in (folder, folder/'inside'))
-    free = (taught[0], rejudged(taught[1], lambda x, i: True))
-    other, by_prompt = [f'half {1 - half}'], dict(by='prompt')
+    read = lambda x: (TokenTable(x), read_json(x/'examples.json'))
+    taught, other, by_prompt = read(folder/'inside'), [f'half {1 - half}'], dict(by='prompt')
+    own = lambda **kw: fit_answers(*read(folder), **how | kw)
     teach = lambda of=taught, **kw: fit_answers(*of, other, **how | kw)
-    return {'own by token': fit_answers(*own, **how), 'own by prompt, floor': fit_answers(*own, **how | by_prompt),
-            'taught by token': teach(), 'taught by prompt, floor': teach(**by_prompt), 'taught no key': teach(free),
-            'taught cross-entropy': teach(loss=cross_entropy(*taught)),
-            'taught both sides': teach(loss=two_sided(*taught, how['min_p'], how['risk']))}
+    fits = {'own by token': own, 'own by prompt, floor': lambda: own(**by_prompt),
+            'taught by token': teach, 'taught at risk .05': lambda: teach(risk=.05),
+            'taught by prompt, floor': lambda: teach(**by_prompt),
+            'taught no key': lambda: teach((taught[0], rejudged(taught[1], lambda x, i: True))),
+            'taught cross-entropy': lambda: teach(loss=cross_entropy(*taught)),
+            'taught both sides': lambda: teach(loss=two_sided(*taught, how['min_p'], how['risk']))}
+    of = {'taught first token': 'taught by token'} # the head of which it is the first word
+    return {name: fits[name]() for name in dict.fromkeys(of.get(x, x) for x in names)}
 
 
 def free_rules(tokenizer, prompts, min_p): # {(decoder, strength): rule}, of those that learn nothing
@@ -154,7 +159,7 @@ def head_rules(heads, min_p, names=HEADS): # of those that are wanted
     for name,head in heads.items():
         grid = OWN if name.startswith('own') or 'entropy' in name else TAUGHT
         found |= {(name, s): floored(head, s, .1, min_p) if head.by == 'prompt' else head_rule(head, s) for s in grid}
-    found |= {('taught first token', s): at_first(heads['taught by token'], s, min_p) for s in TAUGHT}
+    if 'taught first token' in names: found |= {('taught first token', s): at_first(heads['taught by token'], s, min_p) for s in TAUGHT}
     return {k: rule for k,rule in found.items() if k[0] in names}
 
 
@@ -173,7 +178,7 @@ def write_about(unit): # files of points, and of texts beside them
         learned = switch_rules(key_probe(tokenizer, *taught, [f'half {1 - half}']), min_p)
     elif kind != 'free':
         how = dict(min_p=min_p, risk=params['answer_risk'], steps=params['steps'], lr=params['lr'], seed=seed)
-        learned = head_rules({k: h.to(model.device) for k,h in fit_heads(folder, half, **how).items()}, min_p, args.heads)
+        learned = head_rules({k: h.to(model.device) for k,h in fit_heads(folder, half, args.heads, **how).items()}, min_p, args.heads)
     for file,some in parts.items():
         if file.exists(): continue
         asked, rules = [x['messages'] for x in some], learned or free_rules(tokenizer, some, min_p)
@@ -217,13 +222,13 @@ def settings(args): # the profile, the parameters, and the folder of what is lea
     root = project_root()
     p = load_profile(args.profile, root)
     for k in ('device', 'dtype', 'batch_tokens'): setattr(p, k, getattr(args, k) or getattr(p, k))
-    return p, load_params(root), root/'learned'/p.name
+    return p, load_params(root), args.learned or root/'learned'/p.name
 
 
 def ask(args): # {'prompts': prompts, 'half': {place: 0 or 1}}
     "What is asked, about what the model knows"
     p = settings(args)[0]
-    asked = inside(p, *load_model(p.root/'models'/p.name, p.dtype, p.device), args.splits, args.facts, args.forms)
+    asked = inside(p, *load_model(p.root/'models'/p.name, p.dtype, p.device), args.splits, args.facts, args.texts)
     return dict(prompts=asked, half=halves(asked))
 
 
@@ -236,9 +241,10 @@ def learn(args, prompts, half): # with what, and where
     "The answers that heads learn from"
     p, params, folder = settings(args)
     model, tokenizer = load_model(p.root/'models'/p.name, p.dtype, p.device)
-    plain = task_prompts(p, p.prompts, 'train', LEARN)
-    answered(folder, model, tokenizer, p, [([x for x in plain if bool(x['answer']) == closed], length)
-                                           for closed,length in ((True, p.answer_tokens), (False, p.open_tokens))], p.samples)
+    if any(x.startswith('own') for x in args.heads):
+        plain = task_prompts(p, p.prompts, 'train', LEARN)
+        answered(folder, model, tokenizer, p, [([x for x in plain if bool(x['answer']) == closed], length)
+                                               for closed,length in ((True, p.answer_tokens), (False, p.open_tokens))], p.samples)
     teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in prompts]
     answered(folder/'inside', model, tokenizer, p, [(teach, args.length)], 2*args.draws)
     return dict(commit=args.commit or commit(), card=card_of(model))
@@ -292,7 +298,7 @@ if __name__ == '__main__':
     parser.add_argument('out', type=Path, help='the JSON file to write')
     parser.add_argument('--splits', nargs='+', default=['train', 'test'], help='whose places')
     parser.add_argument('--facts', type=int, default=100, help='of each family, at most')
-    parser.add_argument('--forms', type=int, default=1, help='in which each is asked for, of four')
+    parser.add_argument('--texts', nargs='+', type=int, default=[0], help='in which of four kinds each is asked for, counted from its own')
     parser.add_argument('--heads', nargs='+', choices=HEADS, default=HEADS, help='which, where each is dear')
     parser.add_argument('--seeds', type=int, help='of heads, if not as the profile says')
     parser.add_argument('--after', type=int, default=0,
@@ -303,16 +309,21 @@ if __name__ == '__main__':
     parser.add_argument('--dtype')
     parser.add_argument('--batch-tokens', type=int)
     parser.add_argument('--rows', type=int, help='of a batch, if not as `sample` chooses')
+    parser.add_argument('--learned', type=Path, help='where answers and texts are kept, if not in learned/PROFILE')
     parser.add_argument('--processes', type=int, default=1, help='that write at the same time')
     parser.add_argument('--commit', help='the commit that is measured, where git cannot say it')
     parser.add_argument('--compare', action='store_true', help='what an earlier run has left, and write no more texts')
     args = parser.parse_args()
     p, params, folder = settings(args)
     asked = kept(folder/'inside'/'asked.json', lambda: ask(args))
-    run = kept(folder/'inside'/'run.json', lambda: learn(args, **asked))
+    learned = lambda: kept(folder/'inside'/'run.json', lambda: learn(args, **asked))
     threads = max(1, torch.get_num_threads()//args.processes)
-    units = [(args, [x for x in asked['prompts'] if asked['half'][x['group']] == h], kind, h, threads)
-             for kind in ('free', 'switch', *map(str, range(args.seeds or p.seeds))) for h in (0, 1)]
+    units = lambda kinds: [(args, [x for x in asked['prompts'] if asked['half'][x['group']] == h], kind, h, threads)
+                           for kind in kinds for h in (0, 1)]
     if not args.compare:
-        with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: [*pool.map(write_about, units)]
-    print(compared(args, run).round(3).to_string(index=False))
+        with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: # what learns nothing writes while answers are learned from
+            work = [pool.submit(write_about, u) for u in units(['free'])]
+            learned()
+            work += [pool.submit(write_about, u) for u in units(['switch', *map(str, range(args.seeds or p.seeds))])]
+            for x in work: x.result()
+    print(compared(args, learned()).round(3).to_string(index=False))
