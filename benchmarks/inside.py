@@ -324,6 +324,7 @@ if __name__ == '__main__':
         with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: # what learns nothing writes while answers are learned from
             work = [pool.submit(write_about, u) for u in units(['free'])]
             learned()
+            torch.cuda.empty_cache() # for those who write
             work += [pool.submit(write_about, u) for u in units(['switch', *map(str, range(args.seeds or p.seeds))])]
             for x in work: x.result()
     print(compared(args, learned()).round(3).to_string(index=False))
