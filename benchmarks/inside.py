@@ -58,6 +58,7 @@ PART = 24 # prompts that are kept together
 LADDER = 'static, top-p', 'p-less', 'EDT', 'dynamic temperature', 'one in five' # with their strengths there
 SWITCH, HEADS = 'taught switch', ('own by token', 'own by prompt, floor', *(
     f'taught {x}' for x in ('by token', 'by prompt, floor', 'first token', 'cross-entropy', 'both sides', 'no key', 'at risk .05')))
+FREE = (BASE, RULE, ORACLE, *LADDER)
 PAIRS = [*((d, BASE) for d in (*LADDER, RULE, ORACLE, SWITCH, *HEADS)), *((RULE, d) for d in LADDER[2:]),
          (RULE, ORACLE), (SWITCH, RULE), (SWITCH, ORACLE), (SWITCH, 'taught by prompt, floor'),
          *(('taught by token', d) for d in (*HEADS[:2], *HEADS[3:], SWITCH, RULE, ORACLE))]
@@ -141,13 +142,13 @@ def fit_heads(folder, half, names, **how): # {name: head}, for the places of one
     return {name: fits[name]() for name in dict.fromkeys(of.get(x, x) for x in names)}
 
 
-def free_rules(tokenizer, prompts, min_p): # {(decoder, strength): rule}, of those that learn nothing
+def free_rules(tokenizer, prompts, min_p, names): # {(decoder, strength): rule}, of those that learn nothing
     c = Asked(prompts, tokenizer, min_p, None, {}, {}, {}, None)
     found = {(d, s): RUNGS[d].live(c, s) for d in LADDER for s in RUNGS[d].grid}
     for s in WARM:
         found |= {(BASE, s): constant(s, min_p=min_p), (RULE, s): RUNGS[RULE].live(c, s),
                   (ORACLE, s): on_the_key(tokenizer, prompts, s, min_p)}
-    return found
+    return {k: rule for k,rule in found.items() if k[0] in names}
 
 
 def switch_rules(probe, min_p): # greedy where the probe sees the key coming
@@ -181,7 +182,7 @@ def write_about(unit): # files of points, and of texts beside them
         learned = head_rules({k: h.to(model.device) for k,h in fit_heads(folder, half, args.heads, **how).items()}, min_p, args.heads)
     for file,some in parts.items():
         if file.exists(): continue
-        asked, rules = [x['messages'] for x in some], learned or free_rules(tokenizer, some, min_p)
+        asked, rules = [x['messages'] for x in some], learned or free_rules(tokenizer, some, min_p, args.rules)
         answers = sample(model, tokenizer, asked, rules, args.draws, args.length, seed, args.rows, progress=False)
         with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
             f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
@@ -299,6 +300,7 @@ if __name__ == '__main__':
     parser.add_argument('--splits', nargs='+', default=['train', 'test'], help='whose places')
     parser.add_argument('--facts', type=int, default=100, help='of each family, at most')
     parser.add_argument('--texts', nargs='+', type=int, default=[0], help='in which of four kinds each is asked for, counted from its own')
+    parser.add_argument('--rules', nargs='+', choices=FREE, default=FREE, help='of those that learn nothing')
     parser.add_argument('--heads', nargs='+', choices=HEADS, default=HEADS, help='which, where each is dear')
     parser.add_argument('--seeds', type=int, help='of heads, if not as the profile says')
     parser.add_argument('--after', type=int, default=0,
