@@ -246,8 +246,9 @@ def learn(args, prompts, half): # with what, and where
         plain = task_prompts(p, p.prompts, 'train', LEARN)
         answered(folder, model, tokenizer, p, [([x for x in plain if bool(x['answer']) == closed], length)
                                                for closed,length in ((True, p.answer_tokens), (False, p.open_tokens))], p.samples)
-    teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in prompts]
-    answered(folder/'inside', model, tokenizer, p, [(teach, args.length)], 2*args.draws)
+    if args.heads:
+        teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in prompts]
+        answered(folder/'inside', model, tokenizer, p, [(teach, args.length)], 2*args.draws)
     return dict(commit=args.commit or commit(), card=card_of(model))
 
 
@@ -301,7 +302,7 @@ if __name__ == '__main__':
     parser.add_argument('--facts', type=int, default=100, help='of each family, at most')
     parser.add_argument('--texts', nargs='+', type=int, default=[0], help='in which of four kinds each is asked for, counted from its own')
     parser.add_argument('--rules', nargs='+', choices=FREE, default=FREE, help='of those that learn nothing')
-    parser.add_argument('--heads', nargs='+', choices=HEADS, default=HEADS, help='which, where each is dear')
+    parser.add_argument('--heads', nargs='*', choices=HEADS, default=HEADS, help='likewise; none: nothing is learned, and no switch')
     parser.add_argument('--seeds', type=int, help='of heads, if not as the profile says')
     parser.add_argument('--after', type=int, default=0,
                         help='read the prompts after the first so many of each half alone, too')
@@ -327,6 +328,6 @@ if __name__ == '__main__':
             work = [pool.submit(write_about, u) for u in units(['free'])]
             learned()
             torch.cuda.empty_cache() # for those who write
-            work += [pool.submit(write_about, u) for u in units(['switch', *map(str, range(args.seeds or p.seeds))])]
+            work += [pool.submit(write_about, u) for u in units(['switch', *map(str, range(args.seeds or p.seeds))] if args.heads else [])]
             for x in work: x.result()
     print(compared(args, learned()).round(3).to_string(index=False))
