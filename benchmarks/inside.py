@@ -142,10 +142,10 @@ def fit_heads(folder, half, names, **how): # {name: head}, for the places of one
     return {name: fits[name]() for name in dict.fromkeys(of.get(x, x) for x in names)}
 
 
-def free_rules(tokenizer, prompts, min_p, names): # {(decoder, strength): rule}, of those that learn nothing
+def free_rules(tokenizer, prompts, min_p, names=FREE, warm=WARM): # {(decoder, strength): rule}, of those that learn nothing
     c = Asked(prompts, tokenizer, min_p, None, {}, {}, {}, None)
     found = {(d, s): RUNGS[d].live(c, s) for d in LADDER for s in RUNGS[d].grid}
-    for s in WARM:
+    for s in warm:
         found |= {(BASE, s): constant(s, min_p=min_p), (RULE, s): RUNGS[RULE].live(c, s),
                   (ORACLE, s): on_the_key(tokenizer, prompts, s, min_p)}
     return {k: rule for k,rule in found.items() if k[0] in names}
@@ -182,7 +182,7 @@ def write_about(unit): # files of points, and of texts beside them
         learned = head_rules({k: h.to(model.device) for k,h in fit_heads(folder, half, args.heads, **how).items()}, min_p, args.heads)
     for file,some in parts.items():
         if file.exists(): continue
-        asked, rules = [x['messages'] for x in some], learned or free_rules(tokenizer, some, min_p, args.rules)
+        asked, rules = [x['messages'] for x in some], learned or free_rules(tokenizer, some, min_p, args.rules, args.warm)
         answers = sample(model, tokenizer, asked, rules, args.draws, args.length, seed, args.rows, progress=False)
         with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
             f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
@@ -302,6 +302,7 @@ if __name__ == '__main__':
     parser.add_argument('--facts', type=int, default=100, help='of each family, at most')
     parser.add_argument('--texts', nargs='+', type=int, default=[0], help='in which of four kinds each is asked for, counted from its own')
     parser.add_argument('--rules', nargs='+', choices=FREE, default=FREE, help='of those that learn nothing')
+    parser.add_argument('--warm', nargs='+', type=float, default=WARM, help='strengths of the constant, the capital letter and the oracle')
     parser.add_argument('--heads', nargs='*', choices=HEADS, default=HEADS, help='likewise; none: nothing is learned, and no switch')
     parser.add_argument('--seeds', type=int, help='of heads, if not as the profile says')
     parser.add_argument('--after', type=int, default=0,

@@ -221,7 +221,7 @@ class Answer(NamedTuple):
     nll:float # mean negative log likelihood under the model itself at temperature 1, in nats a token
 
 # %% ../nbs/29_sample.ipynb #writer-class
-BLOCK = 16 # rows
+BLOCK, LOGITS = 16, 2**27 # rows that are drawn together, as a processor's cache holds; on a GPU, so many logits: 4 GB where nothing is cut
 class _Writer:
     def __init__(self, model, encoded, rules, n, max_new_tokens, ends, keys, rows):
         self.model = model
@@ -233,7 +233,6 @@ class _Writer:
         self.keys = torch.tensor(keys, device=device)
         self.out = [[] for _ in range(len(encoded)*self.copies)]
         self.nll, self.states = torch.zeros(len(self.out), device=device), [{} for _ in rules]
-        self.block = BLOCK if model.device.type == 'cpu' else rows # a processor's cache holds the logits of a few rows
         self.cache = _cache(model, rows, max(map(len, encoded)) + max_new_tokens, len(self.out))
         self.together = isinstance(self.cache, _Together)
         # of each text that is being written, and of each row
@@ -246,7 +245,8 @@ class _Writer:
 @record_function('sample: vocabulary')
 def pick(self:_Writer, hidden, logits, text, place, row):
     "The next token of texts that are sorted by rule, and whether they go on"
-    total = torch.cat([x.float().logsumexp(-1) for x in logits.split(self.block)])
+    block = BLOCK if logits.device.type == 'cpu' else max(BLOCK, LOGITS//logits.shape[-1])
+    total = torch.cat([x.float().logsumexp(-1) for x in logits.split(block)])
     if not total.isfinite().all():
         raise ValueError(f'{type(self.model).__name__} gives logits that are '
                          'not numbers: load it with dtype float32, or check its weights')
@@ -254,7 +254,7 @@ def pick(self:_Writer, hidden, logits, text, place, row):
     position = torch.tensor([len(self.out[t]) for t in text.tolist()], device=text.device)
     key = self.keys[text//self.copies, text % self.n]
     for k in which.unique().tolist():
-        for here in (which == k).nonzero()[:, 0].split(self.block):
+        for here in (which == k).nonzero()[:, 0].split(block):
             at = row[here]
             step = Step(hidden[at], logits[at], text[here], place[here], self.first, self.states[k], text[here]//self.copies)
             token[here] = self.pick_block(k, step, key[here], position[here])

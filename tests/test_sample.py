@@ -67,6 +67,12 @@ def test_a_rule_that_draws_draws_the_same_in_any_batch(smoke):
     assert first == other and {round(t, 1) for t in seen} == {.2, .7, 1.1, 1.6}
 
 
+def test_the_logits_that_are_read_at_once_change_nothing(smoke, monkeypatch): # they are fewer where a vocabulary is large
+    usual = tokens(sample(*smoke, TALKS, RULES, 3, 12, progress=False))
+    monkeypatch.setitem(sample.__wrapped__.__globals__, 'BLOCK', 2)
+    assert tokens(sample(*smoke, TALKS, RULES, 3, 12, progress=False)) == usual
+
+
 def test_another_decoder_or_prompt_changes_nothing(smoke):
     every = tokens(sample(*smoke, TALKS, RULES, 3, 12, progress=False))
     alone = tokens(sample(*smoke, TALKS[:0:-1], dict(hot=RULES['hot']), 3, 12, progress=False))
