@@ -39,9 +39,9 @@ tex:
 # two wings that need nothing of each other run side by side, with a thread each; what is measured in seconds, figures and PDF come last
 paper: setup
 	dvc repro model
-	$(TOGETHER) stages/prescan+autodeco stages/answers+search
-	$(TOGETHER) stages/train+evaluate+losses+contract+controls+lethality+ladder+figures_full+figures_rungs+figures_gemma \
-	  stages/onpolicy+frontier+benchmarks
+	$(TOGETHER) stages/prescan stages/answers+search
+	$(TOGETHER) stages/autodeco+onpolicy stages/ladder+train+evaluate+losses+contract+lethality
+	$(TOGETHER) stages/benchmarks stages/frontier+controls+figures_full+figures_rungs+figures_gemma
 	dvc repro
 
 # these alone and not what they need, since DVC lets one process at a time look at a stage

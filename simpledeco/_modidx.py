@@ -386,6 +386,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'simpledeco.sample._Writer.begin': ('sample.html#_writer.begin', 'simpledeco/sample.py'),
                                    'simpledeco.sample._Writer.pick': ('sample.html#_writer.pick', 'simpledeco/sample.py'),
                                    'simpledeco.sample._Writer.pick_block': ('sample.html#_writer.pick_block', 'simpledeco/sample.py'),
+                                   'simpledeco.sample._begun': ('sample.html#_begun', 'simpledeco/sample.py'),
                                    'simpledeco.sample._cache': ('sample.html#_cache', 'simpledeco/sample.py'),
                                    'simpledeco.sample._draw': ('sample.html#_draw', 'simpledeco/sample.py'),
                                    'simpledeco.sample._hash': ('sample.html#_hash', 'simpledeco/sample.py'),

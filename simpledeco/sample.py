@@ -8,7 +8,7 @@ the result is what `generate` would draw."""
 __all__ = ['Step', 'constant', 'head_rule', 'past_name', 'Answer', 'sample']
 
 # %% ../nbs/29_sample.ipynb #sample-imports
-import copy, hashlib, inspect
+import copy, hashlib, inspect, os
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -221,6 +221,14 @@ class Answer(NamedTuple):
     nll:float # mean negative log likelihood under the model itself at temperature 1, in nats a token
 
 # %% ../nbs/29_sample.ipynb #writer-class
+@record_function('sample: prompt')
+def _begun(model, encoded):
+    "The cache of what all prompts begin with, and how many tokens that is; each has one more at least, and one prompt shares nothing"
+    past, shared = DynamicCache(config=model.config), os.path.commonprefix([x[:-1] for x in encoded]) if len(encoded) > 1 else []
+    if shared: _step(model, torch.tensor([shared], device=model.device), past)
+    return past, len(shared)
+
+
 BLOCK, LOGITS = 16, 2**27 # rows that are drawn together, as a processor's cache holds; on a GPU, so many logits: 4 GB where nothing is cut
 class _Writer:
     def __init__(self, model, encoded, rules, n, max_new_tokens, ends, keys, rows):
@@ -233,6 +241,7 @@ class _Writer:
         self.keys = torch.tensor(keys, device=device)
         self.out = [[] for _ in range(len(encoded)*self.copies)]
         self.nll, self.states = torch.zeros(len(self.out), device=device), [{} for _ in rules]
+        self.begun, self.shared = _begun(model, encoded)
         self.cache = _cache(model, rows, max(map(len, encoded)) + max_new_tokens, len(self.out))
         self.together = isinstance(self.cache, _Together)
         # of each text that is being written, and of each row
@@ -276,8 +285,9 @@ def pick_block(self:_Writer, k, step, key, position):
 def begin(self:_Writer, number, ids):
     """Answer a prompt: read it, draw the first tokens of all its texts, and go on with them as there
     is room, many at the same time since those may share a row"""
-    past = DynamicCache(config=self.model.config)
-    with record_function('sample: prompt'): first = _step(self.model, torch.tensor([ids], device=self.model.device), past)
+    past = copy.deepcopy(self.begun)
+    with record_function('sample: prompt'):
+        first = _step(self.model, torch.tensor([ids[self.shared:]], device=self.model.device), past)
     if self.first is None: self.first = tuple(x.new_empty(self.cache.rows + 1, x.shape[1]) for x in first)
     place = min(set(range(self.cache.rows + 1)) - set(self.place.tolist()))
     for to,x in zip(self.first, first): to[place] = x[0]

@@ -9,6 +9,7 @@ import transformers
 from conftest import ROOT
 from scipy.stats import chi2_contingency
 
+from simpledeco.conversations import prompt_ids
 from simpledeco.model import load_model
 from simpledeco.sample import constant, sample
 from simpledeco.study.decoders import at, Pool
@@ -95,6 +96,24 @@ def test_texts_that_agree_so_far_are_read_once(smoke, monkeypatch):
     later = sum(rows for rows,width in read if width == 1)
     every = sum(len(t) - 1 for groups in found.values() for group in groups for t in group)
     assert later == sum(map(len, begun)) < .7*every
+
+
+def test_what_all_prompts_begin_with_is_read_once(smoke, monkeypatch):
+    model, tokenizer = smoke
+    read, forward = [], model.base_model.forward
+    def counted(*args, **kw):
+        read.append(kw['input_ids'].shape[1])
+        return forward(*args, **kw)
+    monkeypatch.setattr(model.base_model, 'forward', counted)
+    sample(model, tokenizer, TALKS, RULES, 1, 1, progress=False)
+    asked = prompt_ids(tokenizer, TALKS)
+    same = next(i for i in range(100) if len({ids[i] for ids in asked}) > 1)
+    assert same > 5 and read == [same, *sorted((len(ids) - same for ids in asked), reverse=True)]
+    assert tokens(sample(model, tokenizer, TALKS[:1]*2, RULES, 2, 3, progress=False)) # all of it is the same but for the last token
+    assert read[4:6] == [len(asked[0]) - 1, 1]
+    read.clear()
+    sample(model, tokenizer, TALKS[:1], RULES, 1, 1, progress=False)
+    assert read == [len(asked[0])]
 
 
 def test_samples_seeds_and_repeated_prompts_differ(smoke):

@@ -100,7 +100,7 @@ STAGES = [
     Stage('onpolicy', (MODEL, TOKENS, ANSWERS, 'results/{p}/autodeco.json'), (JUDGED,), ('sentences',)),
     Stage('frontier', (MODEL, ANSWERS, JUDGED, PROMPTS), tables=('frontier', 'samples')),
     Stage('search', (MODEL, ANSWERS, PROMPTS)),
-    Stage('benchmarks', (MODEL, JUDGED, PROMPTS, 'data/maths.jsonl', 'results/{p}/frontier.json'),
+    Stage('benchmarks', (MODEL, ANSWERS, JUDGED, PROMPTS, 'data/maths.jsonl'),
           ('tasks/{p}',)),
     Stage('lethality', (TOKENS,), tables=('lethality',)),
     Stage('ladder', (MODEL, ANSWERS, 'data/tasks.jsonl'), tables=('ladder', 'ladder_rungs'))]
