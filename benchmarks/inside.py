@@ -6,6 +6,7 @@ likeliest token begins a word with a capital letter), and an oracle that knows t
 likeliest token is one of it). Writes OUT.json, and beside it a CSV with the means of each place; goes
 on with what an earlier run has left in learned/PROFILE/inside.
 Run, after `make rungs-further`: make inside, and after `make gemma-further`: make inside-gemma
+About every place, in another kind of text, after both: make inside-again
 """
 import argparse, gzip, json, random, re
 from concurrent.futures import ProcessPoolExecutor

@@ -55,6 +55,13 @@ def test_what_a_question_is_about():
     assert of('country China', 'In which country is the city of Shanghai?') == 'Shanghai'
 
 
+def test_only_the_rules_that_are_wanted(smoke):
+    ask = [dict(answer='Lima', messages=[dict(role='user', content='Write a postcard.')])]
+    assert {*inside.free_rules(smoke[1], ask, .1, [inside.RULE, 'one in five'], [1., 2.5])} == {
+        (inside.RULE, 1.), (inside.RULE, 2.5), *(('one in five', s) for s in inside.RUNGS['one in five'].grid)}
+    assert {d for d,_ in inside.free_rules(smoke[1], ask, .1)} == {*inside.FREE}
+
+
 def test_halves_share_no_place_and_are_equal():
     half = inside.halves([dict(group=f'country {i//3}') for i in range(30)])
     assert len(half) == 10 and sum(half.values()) == 5 and half != inside.halves([dict(group=f'state {i}') for i in range(10)])
