@@ -58,7 +58,8 @@ TAUGHT = (.5, 1., 2., 3., 4.5, 7., 11., 18.)
 PART = 24 # prompts that are kept together
 LADDER = 'static, top-p', 'p-less', 'EDT', 'dynamic temperature', 'one in five' # with their strengths there
 SWITCH, HEADS = 'taught switch', ('own by token', 'own by prompt, floor', *(
-    f'taught {x}' for x in ('by token', 'by prompt, floor', 'first token', 'cross-entropy', 'both sides', 'no key', 'at risk .05')))
+    f'taught {x}' for x in ('by token', 'by prompt, floor', 'first token', 'cross-entropy', 'both sides', 'no key',
+                            'at risk .05')))
 FREE = (BASE, RULE, ORACLE, *LADDER)
 PAIRS = [*((d, BASE) for d in (*LADDER, RULE, ORACLE, SWITCH, *HEADS)), *((RULE, d) for d in LADDER[2:]),
          (RULE, ORACLE), (SWITCH, RULE), (SWITCH, ORACLE), (SWITCH, 'taught by prompt, floor'),
@@ -72,7 +73,7 @@ def name_of(prompt): # what the question is about
     return city[1] if city else f'the U.S. state {name}' if kind == 'state' else name
 
 
-def inside(p, model, tokenizer, splits, most, kinds): # prompts: of each family at most so many facts, each in these kinds of text
+def inside(p, model, tokenizer, splits, most, kinds): # prompts: at most so many facts of a family, in these kinds of text
     "About what the model knows: what it says right when it is asked plainly and decoded greedily"
     found = []
     for family,(corpora, texts) in FAMILIES.items():
@@ -143,7 +144,8 @@ def fit_heads(folder, half, names, **how): # {name: head}, for the places of one
     return {name: fits[name]() for name in dict.fromkeys(of.get(x, x) for x in names)}
 
 
-def free_rules(tokenizer, prompts, min_p, names=FREE, warm=WARM): # {(decoder, strength): rule}, of those that learn nothing
+def free_rules(tokenizer, prompts, min_p, names=FREE, warm=WARM): # {(decoder, strength): rule}
+    "Of those that learn nothing"
     c = Asked(prompts, tokenizer, min_p, None, {}, {}, {}, None)
     found = {(d, s): RUNGS[d].live(c, s) for d in LADDER for s in RUNGS[d].grid}
     for s in warm:
@@ -161,7 +163,8 @@ def head_rules(heads, min_p, names=HEADS): # of those that are wanted
     for name,head in heads.items():
         grid = OWN if name.startswith('own') or 'entropy' in name else TAUGHT
         found |= {(name, s): floored(head, s, .1, min_p) if head.by == 'prompt' else head_rule(head, s) for s in grid}
-    if 'taught first token' in names: found |= {('taught first token', s): at_first(heads['taught by token'], s, min_p) for s in TAUGHT}
+    if 'taught first token' in names:
+        found |= {('taught first token', s): at_first(heads['taught by token'], s, min_p) for s in TAUGHT}
     return {k: rule for k,rule in found.items() if k[0] in names}
 
 
@@ -180,10 +183,12 @@ def write_about(unit): # files of points, and of texts beside them
         learned = switch_rules(key_probe(tokenizer, *taught, [f'half {1 - half}']), min_p)
     elif kind != 'free':
         how = dict(min_p=min_p, risk=params['answer_risk'], steps=params['steps'], lr=params['lr'], seed=seed)
-        learned = head_rules({k: h.to(model.device) for k,h in fit_heads(folder, half, args.heads, **how).items()}, min_p, args.heads)
+        heads = {k: h.to(model.device) for k,h in fit_heads(folder, half, args.heads, **how).items()}
+        learned = head_rules(heads, min_p, args.heads)
     for file,some in parts.items():
         if file.exists(): continue
-        asked, rules = [x['messages'] for x in some], learned or free_rules(tokenizer, some, min_p, args.rules, args.warm)
+        asked = [x['messages'] for x in some]
+        rules = learned or free_rules(tokenizer, some, min_p, args.rules, args.warm)
         answers = sample(model, tokenizer, asked, rules, args.draws, args.length, seed, args.rows, progress=False)
         with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
             f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
@@ -193,8 +198,8 @@ def write_about(unit): # files of points, and of texts beside them
         print(file.name, flush=True)
 
 
-def written(folder, kinds, after=0, before=None): # (means of places, points) of what all of these have written about; None without that
-    "Prompts that say their own key are left out, those that were asked `before`, and the first so many of each half"
+def written(folder, kinds, after=0, before=None): # (means of places, points); None where not all of these have written
+    "Left out are prompts that say their own key, those that were asked `before`, and the first so many of each half"
     text = lambda x: x['messages'][0]['content']
     known = {text(x) for x in read_json(before)['prompts']} if before else set()
     asked, half = read_json(folder/'inside'/'asked.json').values()
@@ -303,10 +308,13 @@ if __name__ == '__main__':
     parser.add_argument('out', type=Path, help='the JSON file to write')
     parser.add_argument('--splits', nargs='+', default=['train', 'test'], help='whose places')
     parser.add_argument('--facts', type=int, default=100, help='of each family, at most')
-    parser.add_argument('--texts', nargs='+', type=int, default=[0], help='in which of four kinds each is asked for, counted from its own')
+    parser.add_argument('--texts', nargs='+', type=int, default=[0],
+                        help='in which of four kinds each is asked for, counted from its own')
     parser.add_argument('--rules', nargs='+', choices=FREE, default=FREE, help='of those that learn nothing')
-    parser.add_argument('--warm', nargs='+', type=float, default=WARM, help='strengths of the constant, the capital letter and the oracle')
-    parser.add_argument('--heads', nargs='*', choices=HEADS, default=HEADS, help='likewise; none: nothing is learned, and no switch')
+    parser.add_argument('--warm', nargs='+', type=float, default=WARM,
+                        help='strengths of the constant, the capital letter and the oracle')
+    parser.add_argument('--heads', nargs='*', choices=HEADS, default=HEADS,
+                        help='likewise; none: nothing is learned, and no switch')
     parser.add_argument('--seeds', type=int, help='of heads, if not as the profile says')
     parser.add_argument('--after', type=int, default=0,
                         help='read the prompts after the first so many of each half alone, too')
@@ -326,13 +334,14 @@ if __name__ == '__main__':
     asked = kept(folder/'inside'/'asked.json', lambda: ask(args))
     learned = lambda: kept(folder/'inside'/'run.json', lambda: learn(args, **asked))
     threads = max(1, torch.get_num_threads()//args.processes)
-    units = lambda kinds: [(args, [x for x in asked['prompts'] if asked['half'][x['group']] == h], kind, h, threads)
-                           for kind in kinds for h in (0, 1)]
-    if not args.compare:
-        with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool: # what learns nothing writes while answers are learned from
+    of = {h: [x for x in asked['prompts'] if asked['half'][x['group']] == h] for h in (0, 1)}
+    units = lambda kinds: [(args, of[h], kind, h, threads) for kind in kinds for h in (0, 1)]
+    later = ['switch', *map(str, range(args.seeds or p.seeds))] if args.heads else []
+    if not args.compare: # what learns nothing writes while answers are learned from
+        with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool:
             work = [pool.submit(write_about, u) for u in units(['free'])]
             learned()
             torch.cuda.empty_cache() # for those who write
-            work += [pool.submit(write_about, u) for u in units(['switch', *map(str, range(args.seeds or p.seeds))] if args.heads else [])]
+            work += [pool.submit(write_about, u) for u in units(later)]
             for x in work: x.result()
     print(compared(args, learned()).round(3).to_string(index=False))
