@@ -229,7 +229,7 @@ def _begun(model, encoded):
     return past, len(shared)
 
 
-BLOCK, LOGITS = 16, 2**27 # rows that are drawn together, as a processor's cache holds; on a GPU, so many logits: 4 GB where nothing is cut
+BLOCK, LOGITS = 16, 2**27 # rows drawn together, as a processor's cache holds; on a GPU, so many logits: some 8 GB where nothing is cut
 class _Writer:
     def __init__(self, model, encoded, rules, n, max_new_tokens, ends, keys, rows):
         self.model = model
