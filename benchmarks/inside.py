@@ -96,6 +96,10 @@ def halves(prompts): # {place: 0 or 1}
     return {g: i % 2 for i,g in enumerate(groups)}
 
 
+def by_half(prompts, half, first=None): # {0 or 1: prompts}
+    return {h: [x for x in prompts if half[x['group']] == h][:first] for h in (0, 1)}
+
+
 def key_tokens(tokenizer, prompt): # a set of token ids
     key = prompt['answer']
     ways = tokenizer([key, f' {key}', f' {key.lower()}'], add_special_tokens=False).input_ids
@@ -173,7 +177,6 @@ def write_about(unit): # files of points, and of texts beside them
     args, prompts, kind, half, threads = unit
     p, params, folder = settings(args)
     parts = {folder/'inside'/f'{kind}-{half}-{i}.csv': prompts[i:i+PART] for i in range(0, len(prompts), PART)}
-    if all(f.exists() for f in parts): return
     torch.set_num_threads(threads)
     (model, tokenizer), min_p = load_model(p.root/'models'/p.name, p.dtype, p.device), params['min_p']
     seed = int(kind) if kind.isdigit() else 0
@@ -186,15 +189,16 @@ def write_about(unit): # files of points, and of texts beside them
         heads = {k: h.to(model.device) for k,h in fit_heads(folder, half, args.heads, **how).items()}
         learned = head_rules(heads, min_p, args.heads)
     for file,some in parts.items():
-        if file.exists(): continue
-        asked = [x['messages'] for x in some]
+        have = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=['decoder', 'strength'])
+        asked, there = [x['messages'] for x in some], {*zip(have.decoder, have.strength)}
         rules = learned or free_rules(tokenizer, some, min_p, args.rules, args.warm)
+        if not (rules := {k: rule for k,rule in rules.items() if k not in there}): continue
         answers = sample(model, tokenizer, asked, rules, args.draws, args.length, seed, args.rows, progress=False)
-        with gzip.open(file.with_suffix('.jsonl.gz'), 'wt', encoding='utf-8') as f:
+        with gzip.open(file.with_suffix('.jsonl.gz'), 'at' if there else 'wt', encoding='utf-8') as f:
             f.writelines(json.dumps(x) + '\n' for x in said(tokenizer, answers))
         frame = points(tokenizer, 'inside', some, answers, seed)
         frame = frame.assign(task=[some[i]['family'] for i in frame.prompt], card=card_of(model))
-        write_whole(file, lambda f: frame.to_csv(f, index=False))
+        write_whole(file, lambda f: pd.concat([have, frame]).to_csv(f, index=False))
         print(file.name, flush=True)
 
 
@@ -203,7 +207,7 @@ def written(folder, kinds, after=0, before=None): # (means of places, points); N
     text = lambda x: x['messages'][0]['content']
     known = {text(x) for x in read_json(before)['prompts']} if before else set()
     asked, half = read_json(folder/'inside'/'asked.json').values()
-    of = {h: [x for x in asked if half[x['group']] == h] for h in (0, 1)}
+    of = by_half(asked, half)
     told = {h: [i for i,x in enumerate(xs) if is_right(text(x), x) or text(x) in known] for h,xs in of.items()}
     def points_of(stem):
         _, h, first = stem.split('-')
@@ -215,6 +219,8 @@ def written(folder, kinds, after=0, before=None): # (means of places, points); N
     whole = [f'{k}-{x}' for x in places for k in kinds if all(f'{y}-{x}' in files for y in kinds)]
     if not whole: return None
     frame = pd.concat(map(points_of, whole))
+    asked = frame.groupby(['decoder', 'strength', 'seed']).prompt.transform('size')
+    frame = frame[asked == asked.max()] # not the rules that have written about some of these prompts alone
     by = ['task', 'decoder', 'strength', 'seed', 'cluster']
     clusters = frame.groupby(by, sort=False, as_index=False)[['good', 'varied', 'length']].mean()
     every = clusters.assign(task='all').groupby(by, sort=False, as_index=False).mean() # families of a place in the mean
@@ -255,7 +261,8 @@ def learn(args, prompts, half): # with what, and where
         answered(folder, model, tokenizer, p, [([x for x in plain if bool(x['answer']) == closed], length)
                                                for closed,length in ((True, p.answer_tokens), (False, p.open_tokens))], p.samples)
     if args.heads:
-        teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in prompts]
+        some = [x for xs in by_half(prompts, half, args.first and 2*args.first).values() for x in xs]
+        teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in some]
         answered(folder/'inside', model, tokenizer, p, [(teach, args.length)], 2*args.draws)
     return dict(commit=args.commit or commit(), card=card_of(model))
 
@@ -310,6 +317,8 @@ if __name__ == '__main__':
     parser.add_argument('--facts', type=int, default=100, help='of each family, at most')
     parser.add_argument('--texts', nargs='+', type=int, default=[0],
                         help='in which of four kinds each is asked for, counted from its own')
+    parser.add_argument('--first', type=int,
+                        help='so many prompts of each half are asked, if not all, and twice as many are learned from')
     parser.add_argument('--rules', nargs='+', choices=FREE, default=FREE, help='of those that learn nothing')
     parser.add_argument('--warm', nargs='+', type=float, default=WARM,
                         help='strengths of the constant, the capital letter and the oracle')
@@ -332,16 +341,16 @@ if __name__ == '__main__':
     args = parser.parse_args()
     p, params, folder = settings(args)
     asked = kept(folder/'inside'/'asked.json', lambda: ask(args))
-    learned = lambda: kept(folder/'inside'/'run.json', lambda: learn(args, **asked))
     threads = max(1, torch.get_num_threads()//args.processes)
-    of = {h: [x for x in asked['prompts'] if asked['half'][x['group']] == h] for h in (0, 1)}
+    of, run = by_half(**asked, first=args.first), folder/'inside'/'run.json'
     units = lambda kinds: [(args, of[h], kind, h, threads) for kind in kinds for h in (0, 1)]
     later = ['switch', *map(str, range(args.seeds or p.seeds))] if args.heads else []
     if not args.compare: # what learns nothing writes while answers are learned from
         with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool:
             work = [pool.submit(write_about, u) for u in units(['free'])]
-            learned()
+            made = learn(args, **asked)
+            write_whole(run, lambda f: f.write_text(json.dumps(made), encoding='utf-8'))
             torch.cuda.empty_cache() # for those who write
             work += [pool.submit(write_about, u) for u in units(later)]
             for x in work: x.result()
-    print(compared(args, learned()).round(3).to_string(index=False))
+    print(compared(args, read_json(run)).round(3).to_string(index=False))

@@ -78,7 +78,7 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     few = dict(RESAMPLES=20, WARM=(.7, 1., 1.6), OWN=(1., 3.), TAUGHT=(1., 3.), PART=2, FAMILIES=families)
     for k,x in few.items(): monkeypatch.setattr(inside, k, x)
     args = SimpleNamespace(splits=['train'], facts=4, texts=[0], draws=1, length=6, rows=None, out=tmp_path/'x.json', profile='smoke',
-                           commit='abc', rules=inside.FREE, warm=(.7, 1., 1.6), heads=inside.HEADS, after=2, before=None)
+                           commit='abc', rules=inside.FREE, warm=(.7, 1., 1.6), heads=inside.HEADS, after=2, before=None, first=None)
     asked = inside.kept(tmp_path/'inside'/'asked.json', lambda: inside.ask(args))
     assert {x['family'] for x in asked['prompts']} == inside.FAMILIES.keys() and len(asked['prompts']) == 8
     run = inside.learn(args, **asked)
@@ -87,10 +87,13 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     (tmp_path/'inside'/'examples.json').write_text(json.dumps(taught))
     of = lambda half: [x for x in asked['prompts'] if asked['half'][x['group']] == half]
     for kind in ('free', 'switch', '0'):
-        for h in (0, 1): inside.write_about((args, of(h), kind, h, 1))
+        for h in (0, 1):
+            if kind == 'free': inside.write_about((SimpleNamespace(**vars(args) | dict(rules=[inside.BASE])), of(h), kind, h, 1))
+            inside.write_about((args, of(h), kind, h, 1)) # a later run asks what an earlier one has not
     rows = inside.written(tmp_path, ['free', 'switch', '0'])[1]
     assert {*rows.decoder} == {d for pair in inside.PAIRS for d in pair}
     assert rows.groupby('decoder').cluster.nunique().eq(len(asked['half'])).all()
+    assert len(rows) == len(asked['prompts'])*len(rows[['decoder', 'strength', 'seed']].drop_duplicates()) # each once
     gains = inside.compared(args, run)
     assert {*gains.task} == {'all', *inside.FAMILIES}
     found = json.loads(args.out.read_text())
@@ -107,6 +110,10 @@ def test_from_prompts_to_intervals(tmp_path, monkeypatch, smoke):
     one = inside.head_rules(dict.fromkeys(inside.HEADS[:3], SimpleNamespace(by='token')), .1, ['taught by token'])
     assert {*one} == {('taught by token', 1.), ('taught by token', 3.)}
     before = len(inside.written(tmp_path, ['free'])[1])
+    some = next((tmp_path/'inside').glob('free-1-*.csv'))
+    pd.read_csv(some).query("decoder != 'EDT'").to_csv(some, index=False) # asked about some of the prompts alone
+    assert {*inside.written(tmp_path, ['free'])[1].decoder} == {*inside.FREE} - {'EDT'}
+    before -= before*len(inside.RUNGS['EDT'].grid)//len(inside.free_rules(smoke[1], [], .1))
     for f in (tmp_path/'inside').glob('0-1-*.csv'): f.unlink() # ended before its time: what is left is what all have answered
     assert {*inside.written(tmp_path, ['free', 'switch', '0'])[1].cluster} == {x['group'] for x in of(0)}
     assert {*inside.written(tmp_path, ['free'])[1].cluster} == {*asked['half']}
