@@ -11,10 +11,11 @@ __all__ = ['Step', 'constant', 'head_rule', 'past_name', 'Answer', 'sample']
 import copy, hashlib, inspect, os
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
+from fastcore.basics import chunked, patch
 from torch.profiler import record_function
 from tqdm import tqdm
 from transformers import Cache, DynamicCache
@@ -136,13 +137,13 @@ class _InPlace:
 # %% ../nbs/29_sample.ipynb #in-place-add
 @patch
 @record_function('sample: cache')
-def add(self:_InPlace, prompt, k):
-    "k rows that go on from a prompt"
+def add(self:_InPlace, prompt, i, k):
+    "k rows that go on from the i-th of the prompts in a cache"
     live, length = len(self.length), prompt.get_seq_length()
     self.reserve(live + k, prompt)
     for layer,source in zip(self.past.layers, prompt.layers):
         for to,x in ((layer.keys, source.keys), (layer.values, source.values)):
-            to[live:live+k, :, :length], to[live:live+k, :, length:] = x, 0
+            to[live:live+k, :, :length], to[live:live+k, :, length:] = x[i], 0
     self.length = torch.cat([self.length, self.length.new_full((k,), length)])
 
 # %% ../nbs/29_sample.ipynb #in-place-reserve
@@ -183,9 +184,9 @@ class _Together:
     def __init__(self, model, rows, longest, texts): self.rows, self.device = rows, model.device
     def inputs(self): return {}
     def grow(self): pass
-    def add(self, prompt, k):
+    def add(self, prompt, i, k):
         self.past = copy.deepcopy(prompt)
-        self.past.reorder_cache(torch.zeros(k, dtype=torch.long, device=self.device))
+        self.past.reorder_cache(torch.full((k,), i, device=self.device))
     def go_on(self, parent):
         if len(parent): self.past.reorder_cache(parent)
         return torch.arange(len(parent), device=self.device)
@@ -228,13 +229,20 @@ def _begun(model, encoded):
     if shared: _step(model, torch.tensor([shared], device=model.device), past)
     return past, len(shared)
 
+def _read_together(encoded): # lists of the numbers of prompts, the longest first
+    "Prompts of the same length, so that none is padded; long ones are fewer"
+    longest_first = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    return [x for length,same in groupby(longest_first, lambda i: len(encoded[i]))
+            for x in chunked(same, min(BLOCK, max(1, READ//length)))]
 
-BLOCK, LOGITS = 16, 2**27 # rows drawn together, as a processor's cache holds; on a GPU, so many logits: some 8 GB where nothing is cut
+
+BLOCK, READ = 16, 2**10 # rows drawn together, as a processor's cache holds, and prompts read together; of these, so many tokens
+LOGITS = 2**27 # drawn from at once on a GPU: some 8 GB where nothing is cut
 class _Writer:
     def __init__(self, model, encoded, rules, n, max_new_tokens, ends, keys, rows):
         self.model = model
         self.rules = list(rules.items())
-        self.n = n
+        self.encoded, self.n = encoded, n
         self.most = max_new_tokens
         device = model.device
         self.copies, self.ends = n*len(rules), torch.tensor(ends, device=device)
@@ -282,22 +290,28 @@ def pick_block(self:_Writer, k, step, key, position):
 
 # %% ../nbs/29_sample.ipynb #writer-begin
 @patch
-def begin(self:_Writer, number, ids):
-    """Answer a prompt: read it, draw the first tokens of all its texts, and go on with them as there
-    is room, many at the same time since those may share a row"""
-    past = copy.deepcopy(self.begun)
-    with record_function('sample: prompt'):
-        first = _step(self.model, torch.tensor([ids[self.shared:]], device=self.model.device), past)
+@record_function('sample: prompt')
+def read(self:_Writer, numbers): # their cache, and the hidden states and logits where their answers begin
+    "Prompts of the same length in one pass"
+    device, past = self.model.device, copy.deepcopy(self.begun)
+    if self.shared: past.reorder_cache(torch.zeros(len(numbers), dtype=torch.long, device=device))
+    return past, _step(self.model, torch.tensor([self.encoded[i][self.shared:] for i in numbers], device=device), past)
+
+
+@patch
+def begin(self:_Writer, number, past, first, i):
+    """Answer a prompt, the i-th of those that were read together: draw the first tokens of all its texts, and go on
+    with them as there is room, many at the same time since those may share a row"""
     if self.first is None: self.first = tuple(x.new_empty(self.cache.rows + 1, x.shape[1]) for x in first)
     place = min(set(range(self.cache.rows + 1)) - set(self.place.tolist()))
-    for to,x in zip(self.first, first): to[place] = x[0]
+    for to,x in zip(self.first, first): to[place] = x[i]
     text = torch.arange(number*self.copies, (number + 1)*self.copies, device=self.text.device)
-    token, alive = self.pick(*first, text, torch.full_like(text, place), torch.zeros_like(text))
+    token, alive = self.pick(*(x[i:i+1] for x in first), text, torch.full_like(text, place), torch.zeros_like(text))
     rows = self.cache.rows
     for text,token in zip(*(x[alive].split(2*rows) for x in (text, token))) if alive.any() else ():
         while len(self.text) and (self.together or len(self.token) + min(len(text), rows//2) > rows): self.advance()
         tokens, row = token.unique(return_inverse=True)
-        self.cache.add(past, len(tokens))
+        self.cache.add(past, i, len(tokens))
         self.row = torch.cat([self.row, row + len(self.token)])
         self.text, self.place = torch.cat([self.text, text]), torch.cat([self.place, torch.full_like(text, place)])
         self.token = torch.cat([self.token, tokens])
@@ -338,8 +352,10 @@ def sample(
     rows = rows or (128 if model.device.type == 'cpu' else 4096)
     writer = _Writer(model, encoded, rules, n, max_new_tokens, end_tokens(model, tokenizer),
                      _keys(encoded, n, seed), rows)
-    longest_first = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    for i in tqdm(longest_first, unit='prompt', disable=not progress): writer.begin(i, encoded[i])
+    with tqdm(total=len(encoded), unit='prompt', disable=not progress) as bar:
+        for numbers in _read_together(encoded):
+            past, first = writer.read(numbers)
+            for i,number in enumerate(numbers): writer.begin(number, past, first, i); bar.update()
     while len(writer.text): writer.advance()
     done = [Answer(t, x/len(t)) for t,x in zip(writer.out, writer.nll.tolist())]
     return {name: [done[(i*len(rules) + k)*n:][:n] for i in range(len(prompts))]

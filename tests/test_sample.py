@@ -15,7 +15,7 @@ from simpledeco.sample import constant, sample
 from simpledeco.study.decoders import at, Pool
 
 ASKED = ('Hi!', 'What is the capital of Norway?',
-         'Continue this story: it was a dark and stormy night, and')
+         'Continue this story: it was a dark and stormy night, and', 'What is the capital of Poland?') # as long as another
 TALKS = [[dict(role='user', content=t)] for t in ASKED]
 RULES = dict(greedy=constant(0), warm=constant(1), hot=constant(1.5, min_p=None),
              nucleus=constant(1, top_p=.9))
@@ -98,22 +98,29 @@ def test_texts_that_agree_so_far_are_read_once(smoke, monkeypatch):
     assert later == sum(map(len, begun)) < .7*every
 
 
-def test_what_all_prompts_begin_with_is_read_once(smoke, monkeypatch):
+def test_prompts_of_one_length_are_read_together_and_what_all_begin_with_once(smoke, monkeypatch):
     model, tokenizer = smoke
     read, forward = [], model.base_model.forward
     def counted(*args, **kw):
-        read.append(kw['input_ids'].shape[1])
+        read.append(tuple(kw['input_ids'].shape))
         return forward(*args, **kw)
     monkeypatch.setattr(model.base_model, 'forward', counted)
     sample(model, tokenizer, TALKS, RULES, 1, 1, progress=False)
     asked = prompt_ids(tokenizer, TALKS)
     same = next(i for i in range(100) if len({ids[i] for ids in asked}) > 1)
-    assert same > 5 and read == [same, *sorted((len(ids) - same for ids in asked), reverse=True)]
-    assert tokens(sample(model, tokenizer, TALKS[:1]*2, RULES, 2, 3, progress=False)) # all of it is the same but for the last token
-    assert read[4:6] == [len(asked[0]) - 1, 1]
+    lengths = Counter(len(ids) - same for ids in asked)
+    assert same > 5 and read == [(1, same), *sorted(((n, length) for length,n in lengths.items()), key=lambda x: -x[1])]
+    assert max(lengths.values()) == 2
+    read.clear()
+    assert tokens(sample(model, tokenizer, TALKS[:1]*20, RULES, 2, 1, progress=False)) # all of it is the same but for the last token
+    assert read == [(1, len(asked[0]) - 1), (16, 1), (4, 1)]
     read.clear()
     sample(model, tokenizer, TALKS[:1], RULES, 1, 1, progress=False)
-    assert read == [len(asked[0])]
+    assert read == [(1, len(asked[0]))]
+    read.clear()
+    long = [dict(role='user', content=f'{i} ' + 'word '*400) for i in range(5)]
+    sample(model, tokenizer, [[x] for x in long], dict(greedy=constant(0)), 1, 1, progress=False)
+    assert [n for n,_ in read] == [1, 2, 2, 1]
 
 
 def test_samples_seeds_and_repeated_prompts_differ(smoke):
