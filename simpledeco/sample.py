@@ -72,15 +72,14 @@ def head_rule(
 def _hash(x):
     "Mix the lower 32 bits of whole numbers"
     for shift,factor in ((16, 0x7feb352d), (15, 0x846ca68b)):
-        x = ((x ^ (x >> shift))*factor) & 0xffffffff
+        x = (x ^ (x >> shift)).mul_(factor).bitwise_and_(0xffffffff)
     return x ^ (x >> 16)
 
 # %% ../nbs/29_sample.ipynb #common-noise
-def _noise(key, position, token):
-    "Gumbel noise, float32: a function of the text's key, the position and the token"
-    u = (_hash(_hash(key + 0x9e3779b9*position & 0xffffffff) + 0x85ebca6b*token & 0xffffffff)
-         + .5)/2**32
-    return -(-torch.log1p(-u.float().clamp(max=1 - 2**-24))).log()
+def _noise(text, token):
+    "Gumbel noise, float32: a function of the number of a text at a position, and of the token"
+    u = _hash((text + 0x85ebca6b*token).bitwise_and_(0xffffffff)).add(.5).float().div_(2**32)
+    return u.clamp_(max=1 - 2**-24).neg_().log1p_().neg_().log_().neg_()
 
 # %% ../nbs/29_sample.ipynb #text-keys
 def _keys(encoded, n, seed):
@@ -96,16 +95,19 @@ def _keys(encoded, n, seed):
 # %% ../nbs/29_sample.ipynb #cb6122c5
 def _draw(x, key, position):
     "A token for each row of logits [R, V], of those that are not cut"
-    row, token = (x > -torch.inf).nonzero(as_tuple=True)
-    score = x[row, token] + _noise(key[row], position[row], token)
-    count = row.bincount(minlength=len(x))
-    if not (count.all() and score.isfinite().all()):
-        raise ValueError('leaves no token to draw or gives logits that are '
-                         'not numbers: check its temperature and its filter')
-    start = count.cumsum(0) - count
-    table = x.new_full((len(x), int(count.max())), -torch.inf)
-    table[row, torch.arange(len(row), device=row.device) - start[row]] = score
-    return token[start + table.argmax(-1)]
+    text, kept = _hash(key + 0x9e3779b9*position & 0xffffffff), x > -torch.inf
+    if 4*kept.count_nonzero() > kept.numel(): # where little is cut, noise for all costs less than finding what is kept
+        best, drawn = _noise(text[:, None], torch.arange(x.shape[1], device=x.device)).add_(x).max(-1)
+    else:
+        row, token = kept.nonzero(as_tuple=True)
+        count = row.bincount(minlength=len(x))
+        start = count.cumsum(0) - count
+        table = x.new_full((len(x), max(1, int(count.max()))), -torch.inf)
+        table[row, torch.arange(len(row), device=row.device) - start[row]] = x[row, token] + _noise(text[row], token)
+        best, place = table.max(-1)
+        drawn = torch.cat([token, token.new_zeros(1)])[start + place] # of a row that keeps nothing any, since that is an error
+    if best.isfinite().all(): return drawn
+    raise ValueError('leaves no token to draw or gives logits that are not numbers: check its temperature and its filter')
 
 # %% ../nbs/29_sample.ipynb #in-place-layer
 class _Layer(DynamicLayer):

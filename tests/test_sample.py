@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
-from scipy.stats import chi2_contingency
+from scipy.stats import chi2_contingency, chisquare
 
 from simpledeco.conversations import prompt_ids
 from simpledeco.model import load_model
-from simpledeco.sample import constant, sample
+from simpledeco.sample import _draw, constant, sample
 from simpledeco.study.decoders import at, Pool
 
 ASKED = ('Hi!', 'What is the capital of Norway?',
@@ -221,3 +221,30 @@ def test_a_later_token_is_distributed_as_in_generate(smoke):
     table = np.array([[c[t] for t in common] + [1000 - sum(c[t] for t in common)]
                       for c in (ours, theirs)])
     assert len(common) > 1 and chi2_contingency(table[:, table.sum(0) > 0]).pvalue > .001
+
+
+@pytest.mark.parametrize('size', [6, 60]) # of the vocabulary: most of it is kept, or a tenth
+def test_a_draw_is_from_the_softmax_of_what_is_kept(size):
+    torch.manual_seed(0)
+    n, kept = 20000, 5
+    x = torch.full((size,), -torch.inf)
+    x[torch.randperm(size)[:kept]] = torch.randn(kept)
+    keys = torch.randint(2**32, (n,))
+    drawn = _draw(x.expand(n, -1), keys, torch.full((n,), 3))
+    count, p = drawn.bincount(minlength=size), x.double().softmax(0)
+    assert count[p == 0].sum() == 0 and chisquare(count[p > 0], n*p[p > 0]).pvalue > .001
+    wide = torch.cat([x, torch.full((200,), -torch.inf)]).expand(n, -1) # the same, found in the other way
+    assert torch.equal(_draw(wide, keys, torch.full((n,), 3)), drawn)
+    assert not torch.equal(_draw(wide, keys, torch.full((n,), 4)), drawn)
+
+
+@pytest.mark.parametrize('kept', [1, 40]) # of 40
+def test_a_row_without_a_token_is_an_error(kept):
+    x = torch.zeros(3, 40)
+    x[:, kept:] = -torch.inf
+    assert (_draw(x, torch.arange(3), torch.zeros(3, dtype=torch.long)) < kept).all()
+    for row in range(3):
+        broken = x.clone()
+        broken[row] = -torch.inf
+        with pytest.raises(ValueError, match='leaves no token'):
+            _draw(broken, torch.arange(3), torch.zeros(3, dtype=torch.long))
