@@ -36,17 +36,25 @@ tex:
 	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TEX_PACKAGES) >/dev/null; \
 	else echo 'simpledeco: LaTeX is missing. Run: sudo apt-get install $(TEX_PACKAGES)' >&2; exit 1; fi
 
-# two wings that need nothing of each other run side by side, with a thread each; what is measured in seconds, figures and PDF come last
+# two stages at a time, with a thread each, as soon as what they need is there; what is measured in seconds, figures and PDF come last
 paper: setup
-	dvc repro model
-	$(TOGETHER) stages/prescan stages/answers+search
-	$(TOGETHER) stages/autodeco+onpolicy stages/ladder+train+evaluate+losses+contract+lethality
-	$(TOGETHER) stages/benchmarks stages/frontier+controls+figures_full+figures_rungs+figures_gemma
+	+@dvc status -q || { dvc repro model && $(MAKE) --no-print-directory --jobs=2 $(STAGES:%=stages/%); }
 	dvc repro
 
+# in the order in which they are begun, and what they need of each other, as in dvc.yaml
+STAGES = prescan answers search ladder onpolicy autodeco benchmarks train frontier lethality contract losses evaluate controls $(FIGURES)
+FIGURES = figures_full figures_rungs figures_gemma
+stages/search stages/ladder: stages/answers
+stages/onpolicy stages/autodeco: stages/prescan stages/answers
+stages/train stages/lethality stages/contract stages/losses: stages/prescan
+stages/benchmarks: stages/onpolicy
+stages/frontier: stages/onpolicy stages/autodeco
+stages/evaluate: stages/train
+stages/controls: stages/train stages/autodeco
+stages/figures_gemma: stages/ladder
 # these alone and not what they need, since DVC lets one process at a time look at a stage
 stages/%:
-	dvc --wait-for-lock repro --single-item $(subst +, ,$*)
+	dvc --wait-for-lock repro --single-item $*
 
 # two processes with a thread each, which on two cores is faster than one with two
 test: setup model

@@ -41,7 +41,7 @@ def side_by_side(
     import torch
     from simpledeco.conversations import end_tokens
     from simpledeco.model import context_length, read_output
-    from simpledeco.sample import past_name
+    from simpledeco.model import past_name
     past, ends, generator = past_name(model), end_tokens(model, tokenizer), torch.Generator().manual_seed(seed)
     texts, over, own, cache = [TextStream(tokenizer, skip_special_tokens=True) for _ in range(2)], [False, False], None, None
     new = torch.tensor([ids, ids], device=model.device)

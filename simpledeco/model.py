@@ -6,10 +6,10 @@ recognises its model."""
 
 # %% auto #0
 __all__ = ['split_source', 'torch_dtype', 'load_model', 'check_here', 'read_output', 'sizes', 'context_length', 'alike',
-           'takes_left_padding', 'fingerprint']
+           'takes_left_padding', 'past_name', 'keeps_all', 'read_once', 'taken', 'fingerprint']
 
 # %% ../nbs/25_model.ipynb #model-imports
-import hashlib
+import copy, hashlib, os
 from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
@@ -175,6 +175,51 @@ def takes_left_padding(
     padded = read_output(model, last, input_ids=torch.cat([padding, ids], 1), attention_mask=mask,
                          use_cache=False, **position)[1]
     return alike(padded, alone, model.dtype)
+
+# %% ../nbs/25_model.ipynb #past-name
+def past_name(model)->str: # an argument of its `forward`
+    "What the model calls its cache; from transformers 5.24 on it is `cache` in most. Raises `ValueError` for one without a cache"
+    for name in ('past_key_values', 'cache_params', 'cache'):
+        if name in signature(model.forward).parameters: return name
+    raise ValueError(f'{type(model).__name__} takes no cache of transformers, '
+                     'and `sample` needs one: use `model.generate`')
+
+# %% ../nbs/25_model.ipynb #keeps-all
+def keeps_all(
+    model, # a causal language model
+    longest:int, # tokens
+)->bool:
+    "Whether the cache of every layer keeps every position of texts so long, and the model is told the positions"
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    def whole(layer):
+        return type(layer) is DynamicLayer or type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= longest
+    told = 'position_ids' in signature(model.forward).parameters
+    return told and all(map(whole, DynamicCache(config=model.config).layers))
+
+# %% ../nbs/25_model.ipynb #read-once
+@torch.inference_mode()
+def read_once(
+    model, # a causal language model that has a cache
+    beginnings:list, # token ids: of each text so many as may be read before the rest of it
+)->tuple: # a cache, and how many tokens it holds
+    "Read what all begin with. Where that is nothing the cache is empty"
+    from transformers import DynamicCache
+    past, shared = DynamicCache(config=model.config), os.path.commonprefix(beginnings)
+    if shared:
+        ids = torch.tensor([shared], device=model.get_input_embeddings().weight.device)
+        read_output(model, lambda hidden: hidden[:, -1], input_ids=ids, use_cache=True, **{past_name(model): past})
+    return past, len(shared)
+
+
+def taken(
+    past, # a cache
+    rows:torch.Tensor, # [R] whole numbers
+): # another
+    "A copy that has these rows of it"
+    past = copy.deepcopy(past)
+    past.reorder_cache(rows)
+    return past
 
 # %% ../nbs/25_model.ipynb #74787ce0
 def _weights(model):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .conversations import encoder, prints_day
 from .decode import check_plain_logits
 from .logits import token_statistics
-from .model import fingerprint, read_output, sizes
+from .model import fingerprint, keeps_all, past_name, read_once, read_output, sizes, taken
 from .files import sweep, write_whole
 from .table import read_info, table_schema, TokenTable, write_shard
 
@@ -41,18 +41,20 @@ def _batches(
 
 # %% ../nbs/26_scan.ipynb #f06b90d8
 @torch.inference_mode()
-def _scan_batch(model, encoded, numbers):
-    "Statistics of the response tokens of a few conversations"
-    width, dev = max(len(ids) for ids,_ in encoded), model.get_input_embeddings().weight.device
+def _scan_batch(model, encoded, numbers, past=None, shared=0):
+    "Statistics of the response tokens of a few conversations, of whose tokens the first have been read and lie in a cache"
+    width, dev = max(len(ids) for ids,_ in encoded) - shared, model.get_input_embeddings().weight.device
     ids, mask = torch.zeros(2, len(encoded), width, dtype=torch.long)
     for row,(tokens,_) in enumerate(encoded):
-        ids[row, :len(tokens)] = torch.tensor(tokens); mask[row, :len(tokens)] = 1
+        ids[row, :len(tokens)-shared] = torch.tensor(tokens[shared:]); mask[row, :len(tokens)-shared] = 1
     r = torch.tensor([row for row,(_,where) in enumerate(encoded) for _ in where], dtype=torch.long)
-    c = torch.tensor([i for _,where in encoded for i in where], dtype=torch.long)
+    c = torch.tensor([i - shared for _,where in encoded for i in where], dtype=torch.long)
     pick = lambda hidden: hidden[r.to(hidden.device), c.to(hidden.device)-1]
-    hidden, logits, _ = read_output(model, pick, input_ids=ids.to(dev), attention_mask=mask.to(dev), use_cache=False)
+    read = {past_name(model): taken(past, torch.zeros(len(encoded), dtype=torch.long, device=dev))} if shared else {}
+    mask = torch.cat([mask.new_ones(len(encoded), shared), mask], 1)
+    hidden, logits, _ = read_output(model, pick, input_ids=ids.to(dev), attention_mask=mask.to(dev), use_cache=bool(shared), **read)
     stats = token_statistics(logits, ids[r, c].to(logits.device))
-    return dict(stats, hidden=hidden, example=torch.tensor(numbers)[r].int(), position=c.int())
+    return dict(stats, hidden=hidden, example=torch.tensor(numbers)[r].int(), position=(c + shared).int())
 
 # %% ../nbs/26_scan.ipynb #8db6621f
 def scan(
@@ -88,7 +90,10 @@ def scan(
 # %% ../nbs/26_scan.ipynb #82c1239a
 def _scan_shard(model, encoded, first, batch_tokens):
     "Columns of some conversations, in their order"
-    parts = [_scan_batch(model, [encoded[i] for i in b], [first + i for i in b])
+    longest = max(len(ids) for ids,_ in encoded)
+    before = [ids[:min(where, default=longest) - 1] for ids,where in encoded] # the logits at its last token are of the rest
+    begun = read_once(model, before) if len(encoded) > 1 and keeps_all(model, longest) else ()
+    parts = [_scan_batch(model, [encoded[i] for i in b], [first + i for i in b], *begun)
              for b in _batches(encoded, batch_tokens)]
     columns = {k: torch.cat([p[k].cpu() for p in parts]) for k in parts[0]}
     order = torch.argsort(columns['example'].long()*(1 << 32) + columns['position'])

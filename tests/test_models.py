@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from simpledeco.decode import attach, check_plain_logits, sampling
 from simpledeco.head import TemperatureHead
 from simpledeco.model import fingerprint, read_output, sizes, takes_left_padding
-from simpledeco.scan import _scan_batch
+from simpledeco.scan import _scan_batch, _scan_shard
 
 V = 320
 # the names that configurations have for one thing, and a size that all architectures take
@@ -104,6 +104,10 @@ def check_table(model, texts):
     found = _scan_batch(model, texts, [0, 1, 2])
     wanted = torch.cat([own_gaps(model, *x) for x in texts])
     torch.testing.assert_close(found['z_max'] - found['z_true'], wanted, rtol=1e-3, atol=1e-3)
+    alike = [(texts[0][0][:4] + ids[4:], where[1:]) for ids,where in texts] # these begin with the same words, which may be read once
+    shard, own = _scan_shard(model, alike, 7, 24), torch.cat([own_gaps(model, *x) for x in alike])
+    torch.testing.assert_close(shard['z_max'] - shard['z_true'], own, rtol=1e-3, atol=1e-3)
+    assert shard['position'].tolist() == [i for _,where in alike for i in where] and {*shard['example'].tolist()} == {7, 8, 9}
     assert found['hidden'].shape == (len(wanted), sizes(model)[0])
     with torch.no_grad(): again = model.get_output_embeddings()(found['hidden']).amax(-1)
     torch.testing.assert_close(again, found['z_max'], rtol=1e-3, atol=1e-3)

@@ -244,3 +244,21 @@ def test_the_switch_of_the_paper_is_right_about_every_prompt_of_its_test():
     ends = lambda prompts: [asks(x['messages'][-1]['content']) for x in prompts]
     assert len(opens) == 100 and not any(ends(opens))
     assert sum(map(len, questions.values())) == 161 and all(all(ends(x)) for x in questions.values())
+
+
+def test_make_paper_waits_for_what_a_stage_needs_and_for_nothing_else():
+    "The order of two stages at a time, in the Makefile, is that of dvc.yaml"
+    makes, reads = {}, {}
+    for name,x in STAGES.items():
+        x = x.get('do', x)
+        path = lambda out: (next(iter(out)) if isinstance(out, dict) else out).replace('${item}', 'embedded')
+        makes |= {path(out): name for out in (*x.get('outs', ()), *x.get('metrics', ()))}
+        reads[name] = {path(d) for d in x.get('deps', ())}
+    def needs(of, name): return of(name).union(*(needs(of, n) for n in of(name)))
+    from_dvc = lambda name: {makes[d] for d in reads[name] if d in makes}
+    text = (ROOT/'Makefile').read_text()
+    lines = re.findall(r'^(stages/[a-z_ /]+): (.+)$', text, re.M)
+    from_make = lambda name: {d.removeprefix('stages/') for targets,found in lines if f'stages/{name}' in targets.split() for d in found.split()}
+    begun = ' '.join(re.findall(r'^(?:STAGES|FIGURES) = (.+)$', text, re.M)).replace('$(FIGURES)', '').split()
+    assert len(begun) == len({*begun}) and {*STAGES} - {*begun} == {'model', 'cost', 'figures', 'summary', 'numbers', 'paper'}
+    for name in begun: assert needs(from_make, name) == needs(from_dvc, name) - {'model'}, name
