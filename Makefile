@@ -38,7 +38,7 @@ tex:
 
 # two stages at a time, with a thread each, as soon as what they need is there; what is measured in seconds, figures and PDF come last
 paper: setup
-	+@dvc status -q || { dvc repro model && $(MAKE) --no-print-directory --jobs=2 $(STAGES:%=stages/%); }
+	+@dvc status -q dvc.yaml data.dvc || { dvc repro model && $(MAKE) --no-print-directory --jobs=2 $(STAGES:%=stages/%); }
 	dvc repro
 
 # in the order in which they are begun, and what they need of each other, as in dvc.yaml
