@@ -113,7 +113,7 @@ def read(m, rows):
 
 
 def occupied(m, rows):
-    "Of one call: steps, mean number of rows that the model reads in a step, share of the seconds after the last prompt has begun and in prompts"
+    "Of one call: steps, mean number of rows that the model reads in a step, share of the seconds after the last prompt and in prompts"
     seen, begun, begin = [], [], time.perf_counter()
     note = lambda module, args, inputs, *_: seen.append((*inputs['input_ids'].shape, time.perf_counter()))
     hooks = m.model.register_forward_pre_hook(note, with_kwargs=True), m.model.register_forward_hook(note, with_kwargs=True)
