@@ -91,7 +91,7 @@ def scan(
 def _scan_shard(model, encoded, first, batch_tokens):
     "Columns of some conversations, in their order"
     longest = max(len(ids) for ids,_ in encoded)
-    before = [ids[:min(where, default=longest) - 1] for ids,where in encoded] # the logits at its last token are of the rest
+    before = [ids[:min(where, default=len(ids)) - 1] for ids,where in encoded] # the logits at its last token are of the rest
     begun = read_once(model, before) if len(encoded) > 1 and keeps_all(model, longest) else ()
     parts = [_scan_batch(model, [encoded[i] for i in b], [first + i for i in b], *begun)
              for b in _batches(encoded, batch_tokens)]

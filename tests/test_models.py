@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from simpledeco.decode import attach, check_plain_logits, sampling
 from simpledeco.head import TemperatureHead
-from simpledeco.model import fingerprint, read_output, sizes, takes_left_padding
+from simpledeco.model import fingerprint, keeps_all, read_output, sizes, takes_left_padding
 from simpledeco.scan import _scan_batch, _scan_shard
 
 V = 320
@@ -165,3 +165,18 @@ def test_an_adapter_is_scanned_with_its_own_weights():
     found = _scan_batch(model, conversations(), [0, 1, 2])
     torch.testing.assert_close(found['z_max'] - found['z_true'], wanted, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(wanted, plain, atol=.1)
+
+
+@pytest.mark.parametrize('kind', ['openai-gpt', 'rwkv'])
+def test_a_model_without_a_cache_reads_every_text_whole(kind):
+    model = small(kind)
+    assert not keeps_all(model, 17)
+    check_table(model, conversations())
+
+
+def test_texts_without_a_response_are_no_harm():
+    "They may be all that a batch holds, and the beginning of another"
+    ids = conversations()[2][0]
+    found = _scan_shard(small('llama'), [(ids[:4], []), (ids, [4, 5]), (ids[:4], [])], 0, 4)
+    wanted = own_gaps(small('llama'), ids, [4, 5])
+    torch.testing.assert_close(found['z_max'] - found['z_true'], wanted, rtol=1e-3, atol=1e-3)
