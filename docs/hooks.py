@@ -34,6 +34,11 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 {% block data_png %}
 ![What the cell above draws]({{ output.metadata.filenames['image/png'] }})
 {% endblock data_png %}
+{% block markdowncell scoped %}
+{{ cell.source }}
+
+<!-- a list ends with its cell -->
+{% endblock markdowncell %}
 """
 
 

@@ -42,6 +42,14 @@ def test_every_notebook_and_module_has_a_page():
         if p.stem[0] != '_': assert f'reference/{".".join(p.relative_to(ROOT).with_suffix("").parts)}/' in PAGES
 
 
+def test_lists_begin_with_their_own_numbers():
+    "The expectations of the plan are numbered through, and the paper counts them"
+    cells = json.loads((ROOT/'nbs/54_plan.ipynb').read_text(encoding='utf-8'))['cells']
+    said = [int(n) for c in cells if c['cell_type'] == 'markdown' for n in re.findall(r'^(\d+)\. ', ''.join(c['source']), re.M)]
+    lists = re.findall(r'<ol(?: start="(\d+)")?>(.*?)</ol>', (SITE/'nbs/54_plan/index.html').read_text(encoding='utf-8'), re.S)
+    assert max(said) > 60 and [int(start or 1) + i for start,items in lists for i in range(items.count('<li>'))] == said
+
+
 def test_links_and_anchors_resolve():
     seen, broken = 0, []
     for page in PAGES:
