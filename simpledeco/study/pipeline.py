@@ -109,6 +109,8 @@ ONLY_LONG = [Stage('rungs', (MODEL, PROMPTS, 'data/tasks.jsonl'), ('learned/{p}'
 # the long profiles and their stages
 LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontier', 'search', 'benchmarks'),
         'gemma': ('model', 'answers', 'ladder', 'rungs'),
+        'gemma-full': ('model', 'prescan', 'train', 'evaluate', 'losses', 'contract', 'autodeco', 'controls', 'answers', 'onpolicy',
+                       'frontier', 'lethality'),
         **{p: ('model', 'rungs') for p in ('rungs', 'rungs-gpu', 'rungs-elsewhere', 'gemma-elsewhere', 'rungs-further', 'gemma-further')}}
 PRINTED = ('full', 'rungs', 'gemma') # the long profiles whose results stand in the paper, and those that asked again
 
