@@ -39,12 +39,13 @@ tex:
 
 # two stages at a time, with a thread each, as soon as what they need is there; what is measured in seconds, figures and PDF come last
 paper: setup
-	+@dvc status -q dvc.yaml data.dvc || { dvc repro model && $(TWO) $(STAGES:%=stages/%); }
+	+@dvc status -q dvc.yaml data.dvc || $(TWO) $(STAGES:%=stages/%)
 	dvc repro
 
 # in the order in which they are begun, and what they need of each other, as in dvc.yaml
-STAGES = prescan answers search ladder onpolicy autodeco benchmarks train frontier lethality contract losses evaluate controls $(FIGURES)
+STAGES = model $(FIGURES) prescan answers search ladder onpolicy autodeco benchmarks frontier train lethality contract losses evaluate controls
 FIGURES = figures_full figures_rungs figures_gemma
+stages/prescan stages/answers: stages/model
 stages/search stages/ladder: stages/answers
 stages/onpolicy stages/autodeco: stages/prescan stages/answers
 stages/train stages/lethality stages/contract stages/losses: stages/prescan
@@ -53,6 +54,8 @@ stages/frontier: stages/onpolicy stages/autodeco
 stages/evaluate: stages/train
 stages/controls: stages/train stages/autodeco
 stages/figures_gemma: stages/ladder
+# short ones that nobody waits for come last, so that both processes end together
+stages/train stages/lethality stages/contract stages/losses: | stages/autodeco
 # these alone and not what they need, since DVC lets one process at a time look at a stage
 stages/%:
 	dvc --wait-for-lock repro --single-item $*
