@@ -44,7 +44,7 @@ paper: setup
 
 # in the order in which they are begun, and what they need of each other, as in dvc.yaml
 STAGES = model $(FIGURES) prescan answers search ladder onpolicy autodeco benchmarks frontier train lethality contract losses evaluate controls
-FIGURES = figures_full figures_rungs figures_gemma
+FIGURES = figures_full figures_rungs figures_gemma-full figures_gemma
 stages/prescan stages/answers: stages/model
 stages/search stages/ladder: stages/answers
 stages/onpolicy stages/autodeco: stages/prescan stages/answers

@@ -257,7 +257,7 @@ def test_make_paper_waits_for_what_a_stage_needs_and_for_nothing_else():
     def needs(of, name): return of(name).union(*(needs(of, n) for n in of(name)))
     from_dvc = lambda name: {makes[d] for d in reads[name] if d in makes}
     text = (ROOT/'Makefile').read_text()
-    lines = re.findall(r'^(stages/[a-z_ /]+): ([^|\n]+)$', text, re.M) # after a bar is what may go first, and need not
+    lines = re.findall(r'^(stages/[a-z_ /-]+): ([^|\n]+)$', text, re.M) # after a bar is what may go first, and need not
     of = lambda name: ' '.join(found for targets,found in lines if f'stages/{name}' in targets.split())
     from_make = lambda name: {d.removeprefix('stages/') for d in of(name).split()}
     begun = ' '.join(re.findall(r'^(?:STAGES|FIGURES) = (.+)$', text, re.M)).replace('$(FIGURES)', '').split()

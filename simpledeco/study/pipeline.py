@@ -112,9 +112,11 @@ LONG = {'full': ('model', 'prescan', 'autodeco', 'answers', 'onpolicy', 'frontie
         'gemma-full': ('model', 'prescan', 'train', 'evaluate', 'losses', 'contract', 'autodeco', 'controls', 'answers', 'onpolicy',
                        'frontier', 'lethality'),
         **{p: ('model', 'rungs') for p in ('rungs', 'rungs-gpu', 'rungs-elsewhere', 'gemma-elsewhere', 'rungs-further', 'gemma-further')}}
-PRINTED = ('full', 'rungs', 'gemma') # the long profiles whose results stand in the paper, and those that asked again
+PRINTED = ('full', 'rungs', 'gemma', 'gemma-full') # the long profiles whose results stand in the paper, and those that asked again
 
-def beside(profile): return [*made('rungs'), 'results/embedded/ladder.json'] if profile == 'gemma' else [] # for the table of both models
+def beside(profile): # results of other profiles, for the tables of both models
+    return dict(full=made('gemma-full'),
+                gemma=[*made('rungs'), *made('full'), *made('gemma-full'), 'results/embedded/ladder.json']).get(profile, [])
 
 def made(profile): return [f'results/{p}/run.json' for p in LONG if p in (profile, *(f'{profile}-{x}' for x in AGAIN))]
 
