@@ -22,7 +22,7 @@ RIVALS = ('by prompt', 'by prompt, floor', 'first token', 'running mean', 'mean 
           'given a value', 'both sides', 'no key', 'R = 0 on questions', 'shuffled key', 'right answers only', 'cross-entropy')
 PAIRS = [*((d, BASE) for d in RUNGS if d != BASE), *(('by token', d) for d in RIVALS),
          ('by prompt', 'question mark'), ('by prompt', 'learned switch'),
-         *(('capital letter', d) for d in ('one in five', 'cross-entropy', 'by prompt, floor'))]
+         *(('capital letter', d) for d in ('one in five', 'cross-entropy', 'by prompt, floor', 'oracle switch'))]
 
 # %% ../../nbs/54_plan.ipynb #plan-gains
 RESAMPLES = 20_000
