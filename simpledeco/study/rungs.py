@@ -171,11 +171,11 @@ def fit_probes(
 
 
 def rated(table, good, steps, seed, rates=(1e-4, 3e-4, 1e-3)): # AutoDeco at the best of these rates, on tokens of right answers
-    "The rate is chosen by its own objective on held-out conversations of the same answers"
+    "With as many draws as a head of ours; the rate is chosen by its own objective on held-out conversations of the same answers"
     tried = []
     for lr in rates:
         curve = []
-        heads = fit_autodeco(table, keep=good, lr=lr, steps=min(steps, 400), batch=256, seed=seed, curve=curve)
+        heads = fit_autodeco(table, keep=good, lr=lr, steps=steps, batch=1024, seed=seed, curve=curve)
         tried.append((float(np.nan_to_num(curve[-1]['objective'], nan=np.inf)), len(tried), heads))
     return min(tried)[2]
 

@@ -220,7 +220,7 @@ IN_FIGURE = ('judged, left out', 'judged, left out: first token', 'judged, by pr
              'question mark, T = 1', 'question mark, T = 1.5', 'judged, left out: MeanShift', 'AutoDeco')
 
 TWIN = {'full': {'SmolLM2-135M': 'full', 'Gemma-3-270M': 'gemma-full'}} # who asks the same of both models
-ON_FRONTIER = 'right', 'variety', 'above the constants', 'greedy there', 'by token minus this'
+ON_FRONTIER = 'right', 'variety', 'above constants', 'greedy there', 'by token minus this'
 
 def against_cells(c, m): # by column; empty where there is nothing to say
     found, against = (c.numbers['frontier'][k] for k in ('methods', 'against'))
@@ -235,7 +235,7 @@ def against_table(c):
     """A few decoders on the frontier, what greedy's accuracy would be worth at their variety, and the head by token beside them, on
     each model that was asked"""
     both = {m: c.of(p) for m,p in TWIN.get(c.folder.name, {'': c.folder.name}).items()}
-    short = lambda x: re.sub(r'\b0\.', '.', x) if len(both) > 1 else x
+    short = lambda x: re.sub(r'(?<=[\[ ])\+', '', re.sub(r'\b0\.', '.', x)) if len(both) > 1 else x
     row = lambda m, shown: [named(shown), *(short(x) for one in both.values() for x in against_cells(one, m))]
     rows = [[row(m, shown) for m,shown in some.items()] for some in ({x: x for x in ('greedy', 'T = 1')}, FEW)]
     rows, head = [*rows[0], None, *rows[1]], ['', *len(both)*ON_FRONTIER]
