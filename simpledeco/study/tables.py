@@ -192,16 +192,16 @@ def comparison_table(c):
 
 # %% ../../nbs/19_tables.ipynb #tables-frontier
 def frontier_table(c):
-    "Accuracy, variety and quality of the texts of every decoder"
-    out = []
+    "Accuracy, variety and quality of the texts of every decoder, and what greedy's accuracy would be worth at its variety"
+    out, greedy = [], c.numbers['frontier']['methods']['greedy']['accuracy']['mean']
     for m,r in c.numbers['frontier']['methods'].items():
         measures = [f"{r['accuracy']['mean']:.3f}", f"{r['pass_at_k']:.3f}", f"{r['majority']:.3f}",
                     f"{r['diversity']['mean']:.3f}", f"{r['self_bleu']:.3f}", f"{r['nll']:.2f}",
                     f"{r['repetition']:.3f}"]
-        out.append([named(m), *measures,
-                    *(interval(r[k]) if k in r else '' for k in ('excess', 'excess_all'))])
-    return table_tex(['', 'acc.', 'pass@$k$', 'vote', 'distinct-2', 'self-BLEU', 'NLL', 'rep.',
-                      'excess, places', 'excess, all'], out, 'lrrrrrrrll')
+        worth = signed(greedy - r['accuracy']['mean'] + r['excess']['mean']) if 'excess' in r else ''
+        out.append([named(m), *measures, worth, *(interval(r[k]) if k in r else '' for k in ('excess', 'excess_all'))])
+    return table_tex(['', 'acc.', 'pass@$k$', 'vote', 'distinct-2', 'self-BLEU', 'NLL', 'rep.', 'greedy there',
+                      'excess, places', 'excess, all'], out, 'lrrrrrrrrll')
 
 def accuracy_table(c):
     "Accuracy by corpus, and the excess of the head that has not seen it"
@@ -220,20 +220,16 @@ IN_FIGURE = ('judged, left out', 'judged, left out: first token', 'judged, by pr
              'question mark, T = 1', 'question mark, T = 1.5', 'judged, left out: MeanShift', 'AutoDeco')
 
 TWIN = {'full': {'SmolLM2-135M': 'full', 'Gemma-3-270M': 'gemma-full'}} # who asks the same of both models
-ON_FRONTIER = 'right', 'variety', 'above constants', 'greedy there', 'by token minus this'
+ON_FRONTIER = 'right', 'variety', 'above constants', 'by token minus this'
 
 def against_cells(c, m): # by column; empty where there is nothing to say
     found, against = (c.numbers['frontier'][k] for k in ('methods', 'against'))
     if m not in found: return [''] * len(ON_FRONTIER)
-    mean = lambda m, k: found[m][k]['mean']
-    cells = [f'{mean(m, k):.3f}' for k in ('accuracy', 'diversity')]
-    greedy = lambda: signed(mean('greedy', 'accuracy') - mean(m, 'accuracy') + mean(m, 'excess'))
-    cells += [interval(found[m]['excess']), greedy()] if 'excess' in found[m] else ['', '']
-    return [*cells, interval(against[m]['excess']) if m in against else '']
+    means = [f"{found[m][k]['mean']:.3f}" for k in ('accuracy', 'diversity')]
+    return [*means, *(interval(x['excess']) if 'excess' in x else '' for x in (found[m], against.get(m, {})))]
 
 def against_table(c):
-    """A few decoders on the frontier, what greedy's accuracy would be worth at their variety, and the head by token beside them, on
-    each model that was asked"""
+    "A few decoders on the frontier, and the head by token beside them, on each model that was asked"
     both = {m: c.of(p) for m,p in TWIN.get(c.folder.name, {'': c.folder.name}).items()}
     short = lambda x: re.sub(r'(?<=[\[ ])\+', '', re.sub(r'\b0\.', '.', x)) if len(both) > 1 else x
     row = lambda m, shown: [named(shown), *(short(x) for one in both.values() for x in against_cells(one, m))]
@@ -241,7 +237,7 @@ def against_table(c):
     rows, head = [*rows[0], None, *rows[1]], ['', *len(both)*ON_FRONTIER]
     if len(both) > 1:
         rows, head = [head, None, *rows], ['', *(rf'\multicolumn{{{len(ON_FRONTIER)}}}{{c}}{{{m}}}' for m in both)]
-    return table_tex(head, rows, 'l' + len(both)*'rrlrl')
+    return table_tex(head, rows, 'l' + len(both)*'rrll')
 
 # %% ../../nbs/19_tables.ipynb #tables-search
 def search_table(c):
