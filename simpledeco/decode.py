@@ -220,9 +220,13 @@ def prompt_temperature(
 def capitals(
     tokenizer,
 )->torch.Tensor: # [V] bool
-    "Which tokens begin a word with a capital letter"
-    written = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return torch.tensor([t[:1] == ' ' and t[1:2].isupper() for t in written])
+    """Which tokens begin a word with a capital letter, after a space. Raises `ValueError` where none does"""
+    before = tokenizer.encode('a', add_special_tokens=False) # some decoders drop a space where a text begins
+    start = len(tokenizer.decode(before))
+    written = (t[start:] for t in tokenizer.batch_decode([[*before, i] for i in range(len(tokenizer))]))
+    found = torch.tensor([t[:1] == ' ' and t[1:2].isupper() for t in written])
+    if not found.any(): raise ValueError('no token of this vocabulary begins a word with a capital letter: the rule would never be greedy')
+    return found
 
 
 class CapitalLetter(LogitsProcessor):

@@ -297,3 +297,20 @@ def test_a_model_that_looks_ahead_is_refused():
     with pytest.raises(ValueError, match='looks at the tokens that follow'):
         check_plain_logits(tiny('bert'))
     check_plain_logits(tiny('bert', is_decoder=True))
+
+
+def spaced(*words): # a tokenizer whose decoder drops the space where a text begins, as that of Llama 2 does
+    from tokenizers import decoders, models, pre_tokenizers, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {w: i for i,w in enumerate(['<unk>', *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token='<unk>'))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token='<unk>')
+
+
+def test_a_word_is_known_where_the_decoder_drops_its_space():
+    from simpledeco.decode import capitals, greedy_at_capitals
+    tokenizer = spaced('▁a', '▁Paris', 'Paris', '▁paris', '▁É', '▁1')
+    assert tokenizer.decode([2]) == 'Paris'
+    assert capitals(tokenizer).tolist() == [False, False, True, False, False, True, False]
+    with pytest.raises(ValueError, match='never be greedy'): greedy_at_capitals(spaced('▁a', 'Paris', 'b'), temperature=1.)

@@ -413,14 +413,14 @@ def markdown_table(head, rows)->str: # a name first, then numbers
     line = lambda cells: f"| {' | '.join(cells)} |"
     return '\n'.join([line(head), line(['---', *['--:']*(len(head) - 1)]), *map(line, rows)])
 
-def front_table(c)->str: # Markdown
-    "Accuracy, variety, and how far above the constants, of a few decoders"
-    found = c.numbers['frontier']['methods']
-    rows = [(shown, f"{found[m]['accuracy']['mean']:.3f}", f"{found[m]['diversity']['mean']:.3f}",
-             interval(found[m]['excess']) if 'excess' in found[m] else '') for m,shown in FRONT.items()]
-    return markdown_table(('decoder', 'right answers', 'variety', 'above the constants, with 95% interval'), rows)
+def front_table(models)->str: # Markdown; {model: Drawn of the frontier}
+    "Accuracy, and how far above the constants, of a few decoders"
+    found = [c.numbers['frontier']['methods'] for c in models.values()]
+    cells = lambda x: (f"{x['accuracy']['mean']:.3f}", interval(x['excess']) if 'excess' in x else '')
+    rows = [(shown, *(cell for x in found for cell in cells(x[m]))) for m,shown in FRONT.items()]
+    return markdown_table(('decoder', *(f'{m}{x}' for m in models for x in (': right', ': above the constants'))), rows)
 
-FRONT_INSIDE = {'by token': 'a head, by token', 'by prompt, floor': 'a head, by prompt',
+FRONT_INSIDE = {'by token': 'a head, by token', 'by prompt, floor': 'a head, by prompt, never below T = 0.1',
                 'one in five': 'greedy at one token of five, at random',
                 'capital letter': '**greedy where the likeliest token begins a word with a capital letter**'}
 
