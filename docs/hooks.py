@@ -152,6 +152,7 @@ CONSTANT = 'static, min-p' # what the ladder calls it
 BOARDS = {
     'Questions and open prompts: SmolLM2-135M': ('frontier', 'results/full/frontier.csv', None),
     'The same, with the prompts of `make paper`': ('frontier', 'results/embedded/frontier.csv', None),
+    'Questions and open prompts: Gemma-3-270M, pretrained only': ('frontier', 'results/gemma-full/frontier.csv', None),
     'Public questions and instructions: SmolLM2-135M': ('public', 'benchmarks/public.json', None),
     'Questions, asked by lm-eval: SmolLM2-135M': ('harness', 'results/embedded/benchmarks.json', None),
     'Facts, creative: SmolLM2-135M': ('rungs', 'results/rungs/rungs_gains.csv', 'facts | creative'),
@@ -168,7 +169,9 @@ BOARDS = {
     'Sets of valid answers: SmolLM2-135M': ('sets', 'results/embedded/ladder.json', None),
     'Sets of valid answers: Gemma-3-270M, pretrained only': ('sets', 'results/gemma/ladder.json', None),
     'Reference text, by corpus: SmolLM2-135M': ('text', 'results/embedded/evaluate.json', None),
-    'Reference text, against a tuned constant: SmolLM2-135M': ('tuned', 'results/embedded/controls.json', None)}
+    'Reference text, by corpus: Gemma-3-270M, pretrained only': ('text', 'results/gemma-full/evaluate.json', None),
+    'Reference text, against a tuned constant: SmolLM2-135M': ('tuned', 'results/embedded/controls.json', None),
+    'Reference text, against a tuned constant: Gemma-3-270M, pretrained only': ('tuned', 'results/gemma-full/controls.json', None)}
 SAYS = dict(
     frontier='*Right answers*: the share that the answer key accepts. *Variety*: how different the answers to one open prompt are. '
              '*Above the constants*: accuracy over that of the constant temperature which is as varied.',
