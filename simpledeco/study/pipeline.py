@@ -214,9 +214,12 @@ PLOTS = {'v_curve': ('gap', 'median'), 'reliability': ('temperature', 'mean'),
          'stability_curves': ('step', 'temperature'), 'cost': ('vocabulary', 'ours'),
          'frontier': ('diversity', 'accuracy')}
 
-def dvc_yaml(root:Path)->str: # the content of dvc.yaml
+def dvc_yaml(
+    root:Path, # the project
+    graph:dict, # from `import_graph`
+)->str: # the content of dvc.yaml
     "The pipeline of the profiles in params.yaml"
-    graph, item = import_graph(root), '${item}'
+    item = '${item}'
     stages = {s.name: dict(foreach='${profiles}', do=describe(s, item, root, graph)) for s in STAGES}
     stages['figures'] = dict(foreach='${profiles}', do=figures(item, [f'results/{item}'], root, graph))
     stages['summary'] = _summary_stage(graph)
@@ -225,9 +228,12 @@ def dvc_yaml(root:Path)->str: # the content of dvc.yaml
              for k,(x,y) in PLOTS.items()]
     return _dump(dict(stages=stages | paper(root, graph), plots=plots))
 
-def long_yaml(root:Path, profile:str)->str: # the content of results/<profile>/dvc.yaml
+def long_yaml(
+    root:Path, # the project
+    profile:str,
+    graph:dict, # from `import_graph`
+)->str: # the content of results/<profile>/dvc.yaml
     "The pipeline of a long profile, which lies beside its results and is not part of `dvc repro`"
-    graph = import_graph(root)
     stages = {s.name: dict(wdir='../..') | describe(s, profile, root, graph) for s in STAGES + ONLY_LONG if s.name in LONG[profile]}
     first, _, again = profile.rpartition('-')
     if again == 'further': stages['rungs']['deps'].append(f'results/{first}-elsewhere/rungs.csv') # read together with it
@@ -239,7 +245,8 @@ def _dump(tree):
             + yaml.safe_dump(tree, sort_keys=False, width=140))
 
 def _files(root):
-    return {root/'dvc.yaml': dvc_yaml(root)} | {root/f'results/{p}/dvc.yaml': long_yaml(root, p) for p in LONG}
+    graph = import_graph(root)
+    return {root/'dvc.yaml': dvc_yaml(root, graph)} | {root/f'results/{p}/dvc.yaml': long_yaml(root, p, graph) for p in LONG}
 
 # %% ../../nbs/46_pipeline.ipynb #pipeline-check
 def check_pipeline(root:Path):
