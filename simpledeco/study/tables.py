@@ -335,8 +335,8 @@ def rungs_table(c, fixed, listed, of, at='T = 1'):
 
 # %% ../../nbs/19_tables.ipynb #tables-rungs-few
 LADDER = ('by token', 'by prompt', 'first token', 'cross-entropy', 'question mark', 'oracle switch', 'EDT', 'dynamic temperature',
-          'AutoDeco')
-PAIRED = ('by prompt', 'first token', 'question mark', 'cross-entropy')
+          'AutoDeco', 'capital letter')
+PAIRED = ('by prompt', 'question mark', 'cross-entropy')
 
 def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 0.7'):
     "The rungs of the argument over the constant, and the head by token over its rivals"
