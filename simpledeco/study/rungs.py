@@ -171,7 +171,8 @@ def fit_probes(
 
 
 def rated(table, good, steps, seed, batch=1024, rates=(1e-4, 3e-4, 1e-3)): # AutoDeco, on tokens of right answers
-    "With as many draws as a head of ours unless told otherwise, at the best of some rates; it is chosen by its own objective on held-out conversations of the same answers"
+    """With as many draws as a head of ours unless told otherwise, at the best of some rates; it is chosen by its own objective on
+    held-out conversations of the same answers"""
     tried = []
     for lr in rates:
         curve = []
