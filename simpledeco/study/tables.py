@@ -378,7 +378,7 @@ CLAIMS = [*((FRONTIER, 'its own', *x) for x in (('by token', 'above', 'constants
 NAMES = {'static, min-p': 'constant', 'token': 'oracle by token', 'prompt': 'oracle by prompt'}
 
 # %% ../../nbs/19_tables.ipynb #tables-claims-table
-def of_both(c): # {model: gains at equal variety, and on the valid sets}
+def of_both(c): # {model: gains on the frontier, at equal variety, and on the valid sets}
     for model,(ladder, sets, frontier) in BOTH.items():
         found, over = c.of(sets).numbers['ladder'], c.of(frontier).numbers['frontier']
         rows = [(FRONTIER, 'its own', *pair, *(r['excess'][k] for k in ('mean', 'lo', 'hi')), 1.) for m,shown in FEW.items()
