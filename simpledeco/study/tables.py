@@ -323,7 +323,7 @@ def gain_cell(found): # one row of rungs_gains, or none
     if found.empty: return '' # not asked
     if found.gain.isna().any(): return '--'
     r = found.iloc[0]
-    if np.isnan(r.lo): return f'{r.gain:+.3f} ({100*r.reached:.0f}\\%)' # too few resamples reach the variety
+    if np.isnan(r.lo): return f'{r.gain:+.3f} ({100*r.reached:.3g}\\%)' # too few resamples reach the variety
     return interval(dict(mean=r.gain, lo=r.lo, hi=r.hi)) + ('' if r.lo <= 0 <= r.hi else r'\rlap{$^\dagger$}')
 
 def rungs_table(c, fixed, listed, of, at='T = 1'):
@@ -366,8 +366,9 @@ CLAIMS = [*((FRONTIER, 'its own', *x) for x in (('by token', 'above', 'constants
                                                 *(('by token', 'not above', y) for y in (
                                                     'by prompt', 'first token', 'question mark, T = 1', 'R = 0 on questions')))),
           *((MIXED, 'T = 0.7', *x) for x in (('by token', 'above', 'static, min-p'), ('by token', 'not above', 'by prompt'),
-                                             ('by token', 'not above', 'question mark'))),
+                                             ('by token', 'not above', 'question mark'), ('by token', 'not above', 'first token'))),
           *((MIXED, 'T = 1.6', x, 'above', 'static, min-p') for x in ('by token', 'by prompt', 'question mark')),
+          (MIXED, 'T = 1.6', 'by token', 'not above', 'by prompt, floor'),
           *((INSIDE, 'T = 0.7', *x) for x in (('by token', 'not above', 'static, min-p'), ('by token', 'above', 'by prompt'),
                                               ('by prompt', 'below', 'static, min-p'))),
           *((LAST, 'T = 0.7', 'by token', 'not above', x) for x in ('by prompt, floor', 'first token', 'cross-entropy')),
@@ -424,13 +425,13 @@ FRONT_INSIDE = {'by token': 'a head, by token', 'by prompt, floor': 'a head, by 
                 'one in five': 'greedy at one token of five, at random',
                 'capital letter': '**greedy where the likeliest token begins a word with a capital letter**'}
 
-def front_inside_table(models, at='T = 1')->str: # Markdown; {model: Drawn of the places that were asked about further}
-    "How much more often right than the constant with min-p, inside fiction, as varied as that is at a temperature"
-    gains = {m: c.frame('rungs_gains').set_index(['task', 'rival', 'at', 'decoder']).loc[('further', 'static, min-p', at)]
-             for m,c in models.items()}
+def front_inside_table(models, at=('T = 0.7', 'T = 1'))->str: # Markdown; {model: Drawn of the places that were asked about further}
+    "How much more often right than the constant with min-p, inside fiction, as varied as that is at some temperatures"
+    gains = {f'{m}, {t}': c.frame('rungs_gains').set_index(['task', 'rival', 'at', 'decoder']).loc[('further', 'static, min-p', t)]
+             for m,c in models.items() for t in at}
     cell = lambda r: interval(dict(mean=r.gain, lo=r.lo, hi=r.hi))
     rows = [(shown, *(cell(g.loc[d]) for g in gains.values())) for d,shown in FRONT_INSIDE.items()]
-    return markdown_table(('decoder', *models), rows)
+    return markdown_table(('decoder', *gains), rows)
 
 # %% ../../nbs/19_tables.ipynb #tables-all
 TABLES = {k: (('evaluate',), partial(score_table, measure=k))
