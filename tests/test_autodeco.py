@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_named(smoke):
 
 
 def test_an_absurd_learning_rate_counts_as_a_collapse(smoke):
-    job = dict(table=smoke[0].path, corpora=None, steps=30, batch=16, seed=0)
+    job = dict(table=smoke[0].path, corpora=None, steps=30, batch=16, seed=0, min_p=.1, risk=.05)
     for method in ('AutoDeco', 'ours'):
         sound, absurd = (train_once(job | dict(method=method, lr=lr)) for lr in (1e-4, 1.))
         assert collapse(sound[0], sound[-1]) == '' and collapse(absurd[0], absurd[-1]) != ''

@@ -98,6 +98,18 @@ def test_parameters_and_profiles_are_known():
     for name in ('embedded', 'full', 'rungs', 'rungs-gpu', 'smoke', 'smoke-other', 'hub'): load_profile(name, ROOT)
 
 
+@pytest.mark.parametrize('path', PIPELINE, ids=lambda x: x.stem)
+def test_no_stage_writes_down_what_is_a_parameter(path):
+    "A number of params.yaml in the code of a stage would stand still when the parameter moves"
+    given = {x: y for x,y in load_params(ROOT).items() if isinstance(y, float)}
+    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code' and 'parameters' not in c.metadata.get('tags', [])]
+    for node in ast.walk(ast.parse('\n'.join(cells))):
+        if isinstance(node, ast.keyword) and node.arg in given:
+            assert getattr(node.value, 'value', None) != given[node.arg], f'{node.arg} is written down in {path.name}'
+        if isinstance(node, ast.Call) and getattr(node.func, 'id', '') in ('fit', 'fit_answers', 'fit_rungs'):
+            assert {k.arg for k in node.keywords} & {None, 'min_p'}, f'{node.func.id} has a min-p of its own in {path.name}'
+
+
 def test_every_stage_watches_the_modules_that_it_uses(): check_pipeline(ROOT)
 
 

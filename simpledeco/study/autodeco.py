@@ -318,7 +318,7 @@ TRICKS = {'AutoDeco': dict(), 'no masking': dict(drop_easy=0), 'no weights': dic
 
 # %% ../../nbs/14_autodeco.ipynb #4427f233
 def train_once(
-    job:dict, # method (of TRICKS, or 'ours' or 'ours, hidden'), table (a path), corpora, lr, steps, batch, seed
+    job:dict, # method (of TRICKS, or 'ours' or 'ours, hidden'), table (a path), corpora, lr, steps, batch, seed; for ours min_p, risk
 )->list: # curve: dicts of method, lr, seed, step, objective, temperature; the last has the scores too
     "One run of a sweep over methods, learning rates and seeds"
     torch.set_num_threads(1)
@@ -328,7 +328,8 @@ def train_once(
         fit_autodeco(table, job['corpora'], curve=curve, **kw, **TRICKS[job['method']])
     else:
         curve = _train_ours(table, job['corpora'],
-                            'hidden' if 'hidden' in job['method'] else 'logits', kw)
+                            'hidden' if 'hidden' in job['method'] else 'logits',
+                            kw | {k: job[k] for k in ('min_p', 'risk')})
     return [dict(method=job['method'], lr=job['lr'], seed=job['seed'], **c) for c in curve]
 
 # %% ../../nbs/14_autodeco.ipynb #91cc8fc6

@@ -154,9 +154,10 @@ def _only(table, examples, select, how):
 def fit_probes(
     table, # pre-scan of `examples`
     examples:list, # as from `on_policy`
+    corpora=None, # corpora to learn from; None: all
 )->dict: # {'open': probe, 'value': probe}
     "Is the prompt open? Will the answer be right? Every corpus counts the same"
-    rows = table.rows(splits=['train'])
+    rows = table.rows(corpora, ['train'])
     rows = rows[chosen(table, examples)[rows]]
     weight = torch.zeros(len(table))
     for mine in by_corpus(table, rows).values(): weight[mine] = 1/len(mine)
@@ -170,13 +171,13 @@ def fit_probes(
                 value=fit_probe(table.take('hidden', some), right[some], weight[some]))
 
 
-def rated(table, good, steps, seed, batch=1024, rates=(1e-4, 3e-4, 1e-3)): # AutoDeco, on tokens of right answers
+def rated(table, good, steps, seed, corpora=None, batch=1024, rates=(1e-4, 3e-4, 1e-3)): # AutoDeco, on tokens of right answers
     """With as many draws as a head of ours unless told otherwise, at the best of some rates; it is chosen by its own objective on
     held-out conversations of the same answers"""
     tried = []
     for lr in rates:
         curve = []
-        heads = fit_autodeco(table, keep=good, lr=lr, steps=steps, batch=batch, seed=seed, curve=curve)
+        heads = fit_autodeco(table, corpora, keep=good, lr=lr, steps=steps, batch=batch, seed=seed, curve=curve)
         tried.append((float(np.nan_to_num(curve[-1]['objective'], nan=np.inf)), len(tried), heads))
     return min(tried)[2]
 
