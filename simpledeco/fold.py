@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LogitsProcessor
 from transformers.utils import CHAT_TEMPLATE_DIR
 
+from .checks import check_scale
 from .decode import check_plain_logits, min_p_filter, NEUTRAL, OFF
 from .files import read_json
 from .head import check_fits, TemperatureHead
@@ -246,7 +247,7 @@ def check_out(
 ):
     "Raise `ValueError` where something is in the way, or the scale is none"
     if out.exists(): raise ValueError(f'{out} exists: choose another name or delete it')
-    if not (math.isfinite(scale) and scale > 0): raise ValueError(f'scale is {scale!r}: it must be a positive number')
+    check_scale(scale)
 
 
 def _check_model(model, head, other_model, factor, cap):

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 from transformers.utils import CHAT_TEMPLATE_DIR
 
+from .checks import check_scale
 from .conversations import end_tokens, prompt_ids
 from .decode import check_plain_logits, divisor, min_p_filter, NEUTRAL, OFF
 from .files import read_json
@@ -100,12 +101,12 @@ def serve_dir(
     other_model:bool=False, # accept a model that the head was not trained for, without looking at it
 )->Path: # the folder
     """Write a folder for `vllm serve`. Raises `ValueError` when head and model do not fit, for a head
-    by prompt, or when the folder exists, `OSError` when the hub does not give the model"""
+    by prompt, for what is no scale, or when the folder exists, `OSError` when the hub does not give the model"""
     head = TemperatureHead.from_pretrained(head)
     check_by_token(head)
     out, source = Path(out), model_source(model)
     if out.exists(): raise ValueError(f'{out} exists: choose another folder or delete it')
-    if not scale > 0: raise ValueError(f'scale is {scale!r}: it must be a positive number')
+    check_scale(scale)
     files = _own_files(source, head, scale, own_min_p)
     if not other_model: _check(source, head)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -219,10 +220,7 @@ def request_scale(
     params, # vllm.SamplingParams
 )->float: # multiplies the head's temperatures in this request; 0: no head
     "What a request says about the head. Raises `ValueError` for what is no scale"
-    value = (params.extra_args or {}).get('head_scale', 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e6:
-        raise ValueError(f'head_scale is {value!r}: it must be a number from 0 (no head) to 1,000,000')
-    return float(value)
+    return check_scale((params.extra_args or {}).get('head_scale', 1.0), 'head_scale', off=True)
 
 
 def _depth(params, min_p):
