@@ -15,7 +15,7 @@ from threading import get_ident, Lock
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
-from .checks import check_fraction
+from .checks import check_fraction, check_scale
 from .head import check_fits, check_min_p
 from .model import alike, check_here, read_output
 
@@ -122,12 +122,11 @@ def attach(
     other_model:bool=False, # accept a model that the head was not trained for
 )->Attachment: # has .remove(), also a context manager
     """Divide the model's logits by the head's temperature. Raises `ValueError` when the head does
-    not fit"""
+    not fit, or for what is no scale"""
     if head.by == 'prompt':
         raise ValueError('this head has one temperature for each prompt: '
                          'give `generate` what `prompt_temperature` says')
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f'scale is {scale!r}: it must be a positive number')
+    check_scale(scale)
     with _attaching:
         hooks = getattr(model.get_output_embeddings(), '_forward_hooks', {})
         if any(isinstance(h, Attachment) for h in hooks.values()):
@@ -210,8 +209,9 @@ def prompt_temperature(
     other_model:bool=False, # accept a model that the head was not trained for
     **inputs, # of the model, such as attention_mask for prompts that are padded on the left
 )->torch.Tensor: # [B] float32
-    "The temperature with which to answer each prompt. Raises `ValueError` when the head does not fit"
+    "The temperature with which to answer each prompt. Raises `ValueError` when the head does not fit, or for what is no scale"
     if head.by != 'prompt': raise ValueError('this head has a temperature for each token: attach it')
+    check_scale(scale)
     check_fits(head, model, other_model)
     hidden, logits, _ = read_output(model, lambda h: h[:, -1], input_ids=ids, **inputs)
     return scale*head.temperature(head.live_inputs(hidden, logits))

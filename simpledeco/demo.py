@@ -12,6 +12,7 @@ import errno, json, math, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 
+from .checks import check_scale
 from .look import HEAT, heat, page_script, PAGE_STYLE, STYLE, TextStream
 
 # %% ../nbs/39b_demo.ipynb #demo-noise
@@ -37,11 +38,12 @@ def side_by_side(
     most:int=200, # tokens after which an answer is cut
     seed:int=0,
 ): # yields (0 or 1, text, temperature); at the end (0 or 1, None, whether the model ended it)
-    "Answer a prompt twice, a token at a time"
+    "Answer a prompt twice, a token at a time. Raises `ValueError` for what is no scale"
     import torch
     from simpledeco.conversations import end_tokens
     from simpledeco.model import context_length, read_output
     from simpledeco.model import past_name
+    check_scale(scale)
     past, ends, generator = past_name(model), end_tokens(model, tokenizer), torch.Generator().manual_seed(seed)
     texts, over, own, cache = [TextStream(tokenizer, skip_special_tokens=True) for _ in range(2)], [False, False], None, None
     new = torch.tensor([ids, ids], device=model.device)

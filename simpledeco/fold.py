@@ -9,7 +9,7 @@ __all__ = ['RESERVED', 'PROBE', 'linear_row', 'free_row', 'squash_of', 'RowTempe
            'row_logprobs', 'head_logprobs']
 
 # %% ../nbs/36_fold.ipynb #fold-imports
-import inspect, json, math, os, shutil, tempfile
+import inspect, json, math, shutil
 from pathlib import Path
 
 import torch
@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LogitsProcessor
 from transformers.utils import CHAT_TEMPLATE_DIR
 
+from .checks import check_scale
 from .decode import check_plain_logits, min_p_filter, NEUTRAL, OFF
-from .files import read_json
+from .files import read_json, whole_folder
 from .head import check_fits, TemperatureHead
 from .model import alike, load_model, read_output
 from .request import check_by_token
-from .vllm import model_source, SETTINGS, uncapped
+from .vllm import model_settings, model_source, SETTINGS, uncapped
 
 # %% ../nbs/36_fold.ipynb #fold-row
 def linear_row(
@@ -131,14 +132,10 @@ def _write_weights(files, folder, changes):
                          f'model uses it: save the model with save_pretrained first')
 
 # %% ../nbs/36_fold.ipynb #fold-config
-def _json(path): return read_json(path) if path.exists() else {}
-
-
 def _configs(source, head, settings, rows):
     "The three files of settings that differ from the model's, as dicts; `rows` is the size of the output matrix"
-    config = _json(source/'config.json')
-    ends = {k: v for k,v in (config.get('text_config', {}) | config).items() if k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-    own = {k: v for k,v in (_json(source/'generation_config.json') or ends).items() if k not in (*OFF, 'min_p', '_from_model_config')}
+    config, generation = model_settings(source)
+    own = {k: v for k,v in generation.items() if k not in (*OFF, 'min_p', '_from_model_config')}
     if settings['row'] == rows: (config if 'vocab_size' in config else config['text_config'])['vocab_size'] = rows + 1
     origin = dict(min_p=head.min_p, risk=head.risk, base_model=head.base_model, model=head.record.get('model'))
     return {'config.json': config, SETTINGS: settings | origin,
@@ -155,9 +152,11 @@ def _copy_others(source, folder):
 
 def _index(source, added):
     "The index of a checkpoint of several files, longer by `added` bytes"
-    index = _json(source/'model.safetensors.index.json')
+    name = 'model.safetensors.index.json'
+    if not (source/name).exists(): return {}
+    index = read_json(source/name)
     if 'total_size' in index.get('metadata', {}): index['metadata']['total_size'] += added
-    return {'model.safetensors.index.json': index} if index else {}
+    return {name: index}
 
 # %% ../nbs/36_fold.ipynb #fold-processor-code
 class RowTemperature(LogitsProcessor):
@@ -246,7 +245,7 @@ def check_out(
 ):
     "Raise `ValueError` where something is in the way, or the scale is none"
     if out.exists(): raise ValueError(f'{out} exists: choose another name or delete it')
-    if not (math.isfinite(scale) and scale > 0): raise ValueError(f'scale is {scale!r}: it must be a positive number')
+    check_scale(scale)
 
 
 def _check_model(model, head, other_model, factor, cap):
@@ -278,10 +277,7 @@ def fold(
     files, dtype = _shards(source)
     loaded, tokenizer = load_model(source, dtype)
     _check_model(loaded, head, other_model, **squash_of(loaded))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix='.tmp-'))
-    try: _fill(tmp, source, files, dtype, loaded, tokenizer, head, row, scale); tmp.chmod(0o755); os.replace(tmp, out)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    with whole_folder(out) as folder: _fill(folder, source, files, dtype, loaded, tokenizer, head, row, scale)
     return out
 
 # %% ../nbs/36_fold.ipynb #fold-fill

@@ -14,6 +14,7 @@ import numpy as np, torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
 
+from .checks import check_scale
 from .decode import check_plain_logits
 from .files import write_whole
 from .fold import check_out, free_row, linear_row, probe, RowTemperature
@@ -169,7 +170,8 @@ def llama_temperature(
     settings:dict, # of the row, as in `llm.metadata['simpledeco']`
     scale:float=1.0, # multiplies every temperature, on top of that of the file
 ): # a logits processor: (ids [L], logits [V] float32) -> logits [V] float32
-    "Divide the logits by the temperature that the row holds, and take the row out"
+    "Divide the logits by the temperature that the row holds, and take the row out. Raises `ValueError` for what is no scale"
+    check_scale(scale)
     s = settings
     def read(ids, logits):
         divided = logits/(scale*s['scale']*np.clip(logits[s['row']] + s['b'], s['t_min'], s['t_max']))
@@ -182,7 +184,7 @@ def llama_sampling(
     llm, # a llama_cpp.Llama of a folded file
     scale:float=1.0, # multiplies every temperature, on top of that of the file
 )->dict: # keyword arguments for its completions
-    "Sampling options of llama-cpp-python for a folded file. Raises `ValueError` for a file without a row"
+    "Sampling options of llama-cpp-python for a folded file. Raises `ValueError` for a file without a row, or for what is no scale"
     if not hasattr(llm, 'metadata'):
         raise ValueError(f'{type(llm).__name__} is no llama_cpp.Llama: an engine without logits processors cannot read a row')
     if KEY not in llm.metadata: raise ValueError('this GGUF file has no row of a head: make one with `simpledeco fold`')

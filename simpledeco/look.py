@@ -14,6 +14,8 @@ from pathlib import Path
 
 from rich.text import Text
 
+from .checks import check_scale
+
 # %% ../nbs/32_look.ipynb #7564b23d
 HEAT = (40, 110, 220), (150, 150, 150), (225, 60, 40)
 
@@ -95,11 +97,12 @@ def token_report(
     shown:int=8, # most candidates to name
     temperature:float|None=None, # one for all tokens, in the place of the head's; that of a head by prompt
 )->list: # a dict for each response token, see `_token`
-    "What the head makes of each token of an answer. Raises `ValueError` for a head by prompt without a temperature"
+    "What the head makes of each token of an answer. Raises `ValueError` for what is no scale, or a head by prompt without a temperature"
     import torch
     from simpledeco.conversations import encode, end_tokens
     from simpledeco.model import context_length, read_output
     from simpledeco.request import check_by_token
+    check_scale(scale)
     if temperature is None: check_by_token(head)
     ids, where = encode(dict(id='text', messages=messages), tokenizer, context_length(model), end_tokens(model, tokenizer))
     with torch.no_grad():

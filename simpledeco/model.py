@@ -42,7 +42,7 @@ def torch_dtype(
 # %% ../nbs/25_model.ipynb #732c2aec
 def load_model(
     path:str|Path, # a local folder, or NAME@REVISION of the hub
-    dtype:str='float32', # float32, bfloat16 or float16
+    dtype:str='float32', # float32, bfloat16 or float16; auto: that of the files
     device:str='cpu', # a torch device; auto: spread over all GPUs of this machine
 ):
     "Load a frozen causal language model and its tokenizer: (model, tokenizer)"
@@ -52,7 +52,7 @@ def load_model(
     name, revision = split_source(str(path))
     place = dict(device_map=_checked_device(device)) if device != 'cpu' else {}
     options = dict(revision=revision, trust_remote_code=False)
-    place |= dict(dtype=torch_dtype(dtype), output_loading_info=True)
+    place |= dict(dtype=dtype if dtype == 'auto' else torch_dtype(dtype), output_loading_info=True)
     place |= dict(ignore_mismatched_sizes=True) # they are refused by name
     model, loaded = _whole(path, lambda: AutoModelForCausalLM.from_pretrained(name, **options, **place))
     _check_whole(path, model, loaded)

@@ -9,7 +9,7 @@ __all__ = ['TEMPLATES', 'read_gguf', 'package_file', 'joined', 'template_of', 's
            'ready_model']
 
 # %% ../nbs/25b_prepare.ipynb #prepare-imports
-import hashlib, os, shutil, string, tempfile
+import hashlib, shutil, string, tempfile
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .conversations import encoder
-from .files import read_json
+from .files import read_json, whole_folder
 from .model import fingerprint, load_model
 from .ready import ready_path
 
@@ -153,15 +153,10 @@ def save_whole(
 )->Path: # the folder
     "Write a model and its tokenizer"
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix='.tmp-'))
-    try:
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
-        tmp.chmod(0o755)
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         shutil.rmtree(out, ignore_errors=True)
-        os.replace(tmp, out)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
     return out
 
 

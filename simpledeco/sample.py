@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .checks import check_scale
 from .conversations import end_tokens, prompt_ids
 from .decode import tempered
 from .model import keeps_all, past_name, read_once, read_output, taken
@@ -60,7 +61,8 @@ def head_rule(
     head, # a TemperatureHead
     scale:float=1.0, # multiplies every temperature
 ): # a rule
-    "The temperatures of a head, as `attach` would apply them, and its min-p"
+    "The temperatures of a head, as `attach` would apply them, and its min-p. Raises `ValueError` for what is no scale"
+    check_scale(scale)
     def rule(step):
         first = step.first_hidden, step.first_logits
         read = (step.hidden, step.logits) if head.by == 'token' else first

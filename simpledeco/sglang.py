@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 
+from .checks import check_scale
 from .vllm import read_row, temper_rows
 
 # %% ../nbs/38b_sglang.ipynb #sglang-class
@@ -48,8 +49,6 @@ def sglang_sampling(
     scale:float=1.0, # multiplies the head's temperatures in this request; 0: no head
 )->dict: # fields of a request
     "Sampling options of SGLang for a folded model. Raises `ValueError` for a folder without a row, or what is no scale"
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale <= 1e6:
-        raise ValueError(f'scale is {scale!r}: it must be a number from 0 (no head) to 1,000,000')
-    s = read_row(path)
-    said = {k: s[k] for k in ('row', 'b', 't_min', 't_max', 'cap') if k in s} | dict(scale=float(scale*s['scale']))
+    scale, s = check_scale(scale, off=True), read_row(path)
+    said = {k: s[k] for k in ('row', 'b', 't_min', 't_max', 'cap') if k in s} | dict(scale=scale*s['scale'])
     return dict(temperature=1.0, min_p=s['min_p'], top_p=1.0, top_k=-1, custom_logit_processor=PROCESSOR, custom_params=said)

@@ -173,11 +173,10 @@ def _column(self:TokenTable, i, name):
 def __getitem__(self:TokenTable,
     name:str, # label, z_max, z_true, gap, rank, entropy, log_z, example, group, position
 )->torch.Tensor: # [N] or [N, ...]
-    "A whole column"
-    if name == 'gap': return self._gaps()
-    if name == 'group': return self._groups[self['example'].long()]
-    if name not in self._columns:
-        self._columns[name] = torch.cat([self._column(i, name) for i in range(len(self.shards))])
+    "A whole column, made when it is first asked for"
+    made = dict(gap=self._gaps, group=lambda: self._groups[self['example'].long()])
+    read = lambda: torch.cat([self._column(i, name) for i in range(len(self.shards))])
+    if name not in self._columns: self._columns[name] = made.get(name, read)()
     return self._columns[name]
 
 # %% ../nbs/23_table.ipynb #table-gaps

@@ -238,7 +238,7 @@ def test_a_row_that_texts_use(row, message, tmp_path):
     assert not (tmp_path/'out').exists()
 
 
-@pytest.mark.parametrize('scale', [0, -1., math.inf, math.nan])
+@pytest.mark.parametrize('scale', [0, -1., math.inf, math.nan, True])
 def test_a_scale_that_is_none(scale, tmp_path):
     with pytest.raises(ValueError, match='scale is'): fold(*with_head(tmp_path), scale=scale)
 

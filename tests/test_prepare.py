@@ -2,7 +2,7 @@
 import json, shutil
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import check_one_line, simpledeco
 from transformers import AutoTokenizer
 
@@ -95,3 +95,17 @@ def test_a_gguf_file_in_settings_is_checked_by_its_hash(tmp_path):
     with pytest.raises(FileNotFoundError, match='no file nowhere.gguf'): build_model('nowhere.gguf', tmp_path/'x', '0'*64)
     assert not (tmp_path/'x').exists()
     with joined([GGUF], SHA256) as file: assert file == GGUF
+
+
+def test_a_folder_in_settings_is_whole_and_keeps_its_type(tmp_path):
+    "transformers draws a random weight where one is missing, and only warns"
+    folder = shutil.copytree(SMOKE, tmp_path/'model')
+    weights = {k: w.bfloat16() for k,w in load_file(folder/'model.safetensors').items()}
+    save_file(weights, folder/'model.safetensors', dict(format='pt'))
+    (folder/'config.json').write_text(json.dumps(json.loads((folder/'config.json').read_text()) | dict(dtype='bfloat16')))
+    made = load_file(build_model(str(folder), tmp_path/'made')/'model.safetensors')
+    assert made.keys() == weights.keys() and all(made[k].dtype == w.dtype and (made[k] == w).all() for k,w in weights.items())
+    weights.popitem()
+    save_file(weights, folder/'model.safetensors', dict(format='pt'))
+    with pytest.raises(ValueError, match='lacks 1 of the weights'): build_model(str(folder), tmp_path/'half')
+    assert sorted(x.name for x in tmp_path.iterdir()) == ['made', 'model']

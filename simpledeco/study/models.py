@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..model import split_source
+from ..model import load_model
 from ..prepare import as_chat, joined, package_file, read_gguf, save_whole, template_of
 from .corpora import CORPORA, make_corpus
 from .settings import load_profile
@@ -70,11 +70,7 @@ def build_model(
 
 # %% ../../nbs/41_models.ipynb #2c5a1830
 def _from_hub(spec):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    name, revision = split_source(spec)
-    try:
-        return (AutoModelForCausalLM.from_pretrained(name, revision=revision),
-                AutoTokenizer.from_pretrained(name, revision=revision))
+    try: return load_model(spec, 'auto')
     except OSError as e:
         raise OSError(f'cannot load model {spec!r}: is it a local folder or '
                       'a hub id that this machine can reach? '

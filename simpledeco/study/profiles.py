@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..conversations import SPLITS
-from ..files import write_whole
+from ..files import read_json, write_whole
 from ..head import TemperatureHead
 from ..model import load_model
 from ..scan import processes, scan
@@ -92,7 +92,7 @@ def scan_answers(
 def read_answers(p): # (examples, their scan)
     "The judged answers of a profile"
     folder = p.root/'answers'/p.name
-    return json.loads((folder/'examples.json').read_text(encoding='utf-8')), TokenTable(folder/'tokens')
+    return read_json(folder/'examples.json'), TokenTable(folder/'tokens')
 
 # %% ../../nbs/44_profiles.ipynb #word-problems
 def word_problems(p:SimpleNamespace)->list: # prompts, judged by the last number

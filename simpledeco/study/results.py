@@ -11,7 +11,7 @@ __all__ = ['SCHEMA', 'AGAIN', 'results_folder', 'save_results', 'read_results', 
 import hashlib, json
 from pathlib import Path
 
-from ..files import write_whole
+from ..files import read_json, write_whole
 
 # %% ../../nbs/47_results.ipynb #results-save
 SCHEMA = 1
@@ -37,10 +37,9 @@ def save_results(
 def read_results(
     folder:Path, # results/<profile>
 )->dict: # {stage: what it found}
-    """The results of a profile. Raises `ValueError` for those of another form, `FileNotFoundError`
+    """The results of a profile. Raises `ValueError` for those of another form or damaged, `FileNotFoundError`
     where there are none"""
-    found = {p.stem: json.loads(p.read_text(encoding='utf-8'))
-             for p in sorted(Path(folder).glob('*.json'))}
+    found = {p.stem: read_json(p) for p in sorted(Path(folder).glob('*.json'))}
     if not found: raise FileNotFoundError(f'no results in {folder}: run the pipeline with this profile')
     for stage,x in found.items():
         if x.get('schema') != SCHEMA:
@@ -86,7 +85,7 @@ def stamp(
 
 def check_stamp(folder):
     "Raise `ValueError`, naming the files, unless the results are those that run.json names"
-    was, now = json.loads((folder/'run.json').read_text())['files'], _sums(folder)
+    was, now = read_json(folder/'run.json')['files'], _sums(folder)
     changed = sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k))
     if changed:
         raise ValueError(f'{folder}: {", ".join(changed)} is not what run.json '
