@@ -11,7 +11,7 @@ from simpledeco.prepare import package_file
 
 BLOCKS = [re.sub('^ {4}', '', b, flags=re.M).strip()
           for b in re.findall(r'(?:^(?: {4}.*)?\n)+', (ROOT/'README.md').read_text(), re.M) if b.strip()]
-SNIPPETS = [b for b in BLOCKS if b.startswith('from simpledeco')]
+SNIPPETS = [b for b in BLOCKS if b.startswith(('from simpledeco', 'asks ='))]
 COMMANDS = [shlex.split(line.split(' && ')[0], comments=True)[1:]
             for b in BLOCKS for line in b.splitlines() if line.startswith('simpledeco ')]
 
@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_snippets_run_one_after_the_other(folder, capsys):
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     made = {}
     for block in SNIPPETS: exec(compile(block, 'README.md', 'exec'), made)
     said = dict(re.findall(r'^(T = [\d.]+) (.*)', capsys.readouterr().out, re.M))
@@ -85,7 +85,7 @@ def test_the_commands_in_a_terminal_run_one_after_the_other(files):
         given = {'gsm8k': 'qa'} | ({'MODEL': ROOT/'models/embedded'} if name == 'fold' else {})
         done = simpledeco(name, *(given.get(w, w) for w in words), *SHORT.get(name, []), cwd=files)
         assert done.stdout.strip(), (name, words)
-    for made in ('heads/judged', 'heads/mine', 'heads/calibrated', 'served', 'folded'): assert (files/made/'config.json').exists(), made
+    for made in ('heads/judged', 'heads/chats', 'heads/calibrated', 'served', 'folded'): assert (files/made/'config.json').exists(), made
     assert (files/'page.html').exists() and (files/'folded.gguf').exists()
 
 
