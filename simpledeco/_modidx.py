@@ -601,7 +601,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'simpledeco.study.plots.plot_rungs': ('plots.html#plot_rungs', 'simpledeco/study/plots.py'),
                                         'simpledeco.study.plots.plot_stability': ('plots.html#plot_stability', 'simpledeco/study/plots.py'),
                                         'simpledeco.study.plots.plot_tradeoff': ('plots.html#plot_tradeoff', 'simpledeco/study/plots.py'),
-                                        'simpledeco.study.plots.plot_transfer': ('plots.html#plot_transfer', 'simpledeco/study/plots.py'),
                                         'simpledeco.study.plots.plot_v_curve': ('plots.html#plot_v_curve', 'simpledeco/study/plots.py'),
                                         'simpledeco.study.plots.save': ('plots.html#save', 'simpledeco/study/plots.py')},
             'simpledeco.study.profiles': { 'simpledeco.study.profiles._of_hub': ('profiles.html#_of_hub', 'simpledeco/study/profiles.py'),
