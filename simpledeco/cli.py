@@ -421,12 +421,12 @@ def _trainer(tokens):
     """The function that trains on a table, and the one that selects its tokens: others for judged
     answers than for reference text"""
     from simpledeco.buckets import training_rows
-    from simpledeco.onpolicy import chosen, fit_answers
+    from simpledeco.onpolicy import by_corpus, fit_answers
     from simpledeco.train import fit
     judged = tokens.path/'answers.json'
     if judged.exists():
         examples = _read_answers(judged)['examples']
-        return partial(fit_answers, tokens, examples), lambda table, rows, seed: dict(all=rows[chosen(table, examples)[rows]])
+        return partial(fit_answers, tokens, examples), by_corpus
     if not tokens.info.get('judged'): return partial(fit, tokens), training_rows
     raise FileNotFoundError(f'{tokens.path} is a table of judged answers, and {judged.name} '
                             'is missing: delete the folder and run `simpledeco answer` again')

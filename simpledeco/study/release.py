@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..contract import calibrate, coverage
 from ..head import TemperatureHead
-from ..onpolicy import chosen, fit_answers
+from ..onpolicy import fit_answers
 from .profiles import read_answers
 from .results import read_results
 from .settings import load_params, load_profile, project_root
@@ -34,7 +34,7 @@ def answer_heads(root:Path)->dict: # {name: TemperatureHead}
     heads = {'smollm2-by-prompt': fit_answers(table, examples, by='prompt', **options),
              'smollm2-by-token': TemperatureHead.from_pretrained(root/'judged/full'/f'seed-{params["seed"]}'/'mix')}
     corpora = sorted({x['corpus'] for x in examples})
-    for head in heads.values(): head.record = _record(p, corpora=corpora, tokens=int(chosen(table, examples).sum()))
+    for head in heads.values(): head.record = _record(p, corpora=corpora, tokens=len(table))
     return heads
 
 def text_head(root:Path): # TemperatureHead

@@ -22,13 +22,12 @@ import torch
 from ..decode import capitals, CapitalLetter, tempered
 from ..logits import log_partition
 from ..loss import minimum_sufficient_hinge, required_temperature
-from ..onpolicy import by_corpus, chosen, fit_answers, useful_gap
+from ..onpolicy import by_corpus, fit_answers, right_tokens, useful_gap
 from ..sample import constant, head_rule
 from .autodeco import autodeco_rule, fit_autodeco
 from .decoders import asks, at, at_first, Decoder, entropy_of, free_temperature, table_of
 from .rivals import dynamic_temperature, edt, p_less, top_h, top_n_sigma
-from .texts import rejudged
-from ..train import fit
+from .texts import fit_right, rejudged
 
 # %% ../../nbs/52_rungs.ipynb #asked
 @dataclass
@@ -102,17 +101,17 @@ def value_temperature(
 # %% ../../nbs/52_rungs.ipynb #losses
 def two_sided(table, examples, min_p, risk, weight=.3): # a loss for `fit`
     "The minimum-sufficient hinge with evidence from wrong answers"
-    right, needed = useful_gap(table, examples), required_temperature(table['gap'], min_p)
-    wrong = ~torch.tensor([x['right'] for x in examples])[table['example'].long()] & (needed > 0)
+    useful, needed = useful_gap(table, examples), required_temperature(table['gap'], min_p)
+    wrong = ~right_tokens(table, examples) & (needed > 0)
     def loss(tau, table, rows):
         hot = wrong[rows]*(tau - needed[rows]).clamp(min=0)
-        return minimum_sufficient_hinge(tau, right[rows], min_p=min_p, risk=risk) + weight*hot.mean()
+        return minimum_sufficient_hinge(tau, useful[rows], min_p=min_p, risk=risk) + weight*hot.mean()
     return loss
 
 
 def cross_entropy(table, examples): # a loss for `fit`
     "Negative log likelihood of the tokens of right answers at the head's temperature, in nats"
-    good = torch.tensor([x['right'] for x in examples])[table['example'].long()]
+    good = right_tokens(table, examples)
     def loss(tau, table, rows):
         T = tau.clamp(.1, 4.)
         nll = table['gap'][rows]/T + log_partition(table['log_z'][rows], table.take('top_logits', rows), T)
@@ -136,19 +135,11 @@ def fit_rungs(
     keys = {'no key': lambda x, i: True, 'R = 0 on questions': lambda x, i: x['answer'] is None,
             'shuffled key': lambda x, i: other.get(i, True)}
     how = dict(min_p=min_p, risk=risk, seed=seed, **options)
-    good, keep = torch.tensor([x['right'] for x in examples])[table['example'].long()], chosen(table, examples)
-    of_right = lambda table, rows, seed: by_corpus(table, rows[(good & keep)[rows]])
     fits = {'by token': {}, 'by prompt': dict(by='prompt'), 'both sides': dict(loss=two_sided(table, examples, min_p, risk)),
             'cross-entropy': dict(loss=cross_entropy(table, examples))}
     heads = {name: fit_answers(table, examples, **(how | kw)) for name,kw in fits.items()}
     heads |= {name: fit_answers(table, rejudged(examples, key), **how) for name,key in keys.items()}
-    return heads | {'right answers only': _only(table, examples, of_right, how)}
-
-# %% ../../nbs/52_rungs.ipynb #fit-only
-def _only(table, examples, select, how):
-    gap = useful_gap(table, examples)
-    loss = lambda tau, table, rows: minimum_sufficient_hinge(tau, gap[rows], min_p=how['min_p'], risk=how['risk'])
-    return fit(table, reads='hidden', width=0, loss=loss, select=select, **how)
+    return heads | {'right answers only': fit_right(table, examples, **how)}
 
 # %% ../../nbs/52_rungs.ipynb #fit-probes
 def fit_probes(
@@ -158,7 +149,6 @@ def fit_probes(
 )->dict: # {'open': probe, 'value': probe}
     "Is the prompt open? Will the answer be right? Every corpus counts the same"
     rows = table.rows(corpora, ['train'])
-    rows = rows[chosen(table, examples)[rows]]
     weight = torch.zeros(len(table))
     for mine in by_corpus(table, rows).values(): weight[mine] = 1/len(mine)
     verdict = lambda of: torch.tensor([of(x) for x in examples])[table['example'].long()]
