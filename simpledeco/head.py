@@ -251,7 +251,7 @@ CARD = """---
 ---
 # A temperature head for {{ r.model or "base model " ~ head.base_model }}
 
-One temperature per token for a frozen language model, by simpledeco (in a clone of it: `pip install .`).
+One temperature per {{ head.by }} for a frozen language model, by simpledeco (in a clone of it: `pip install .`).
 The head was trained to keep the true next token among the candidates of min-p sampling, except for
 a share of tokens called the risk. {% if r.calibration %}It is calibrated: on texts like those of
 the calibration corpora, all of them together with equal weight for each group, at least 1 - risk
@@ -275,12 +275,20 @@ filtered: with equal weight for each group of texts, with a 95% interval.
 {% endfor %}
 {% endif %}
 ## Use
+{% if head.by == "prompt" %}
+    from simpledeco.decode import prompt_temperature, sampling
+    from simpledeco.head import TemperatureHead
 
+    head = TemperatureHead.from_pretrained(...)
+    T = prompt_temperature(model, head, inputs.input_ids).item()
+    model.generate(**inputs, **sampling(head) | dict(temperature=T))
+{%- else %}
     from simpledeco.decode import attach, sampling
     from simpledeco.head import TemperatureHead
 
     head = TemperatureHead.from_pretrained(...)
     with attach(model, head): model.generate(**inputs, **sampling(head))
+{%- endif %}
 """
 
 # %% ../nbs/02_head.ipynb #4398ca97

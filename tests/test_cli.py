@@ -96,6 +96,7 @@ def test_a_head_from_judged_answers(work):
     assert all(x['right'] == (x['corpus'] == 'open') and x['split'] == 'train' for x in examples)
     assert f"0 of {sum(x['corpus'] == 'hard' for x in examples)} to questions are right" in done.stdout
     warm, cold = (_trained(work, corpus) for corpus in ('open', 'hard'))
+    assert 'no answer to a question is right' in simpledeco('train', 'answers', 'any', '--steps', '2', cwd=work).stdout
     assert (warm.reads, warm.risk, len(warm.net)) == ('hidden', .2, 1)
     table = TokenTable(work/'answers')
     hot, low = (h.temperatures(table, table.rows([c])).mean()
@@ -111,7 +112,7 @@ def test_an_answer_may_be_a_list_of_texts(tmp_path):
     assert prompt['answer'] == ['Ann Lee', 'A. Lee'] and is_right('It was A. Lee.', prompt) and not is_right('Bob', prompt)
     for wrong in ([], ['Ann', 3], ['Ann', ''], {'a': 1}):
         write(wrong)
-        with pytest.raises(ValueError, match='line 1: ("messages" must end|no reply is right)'): read_prompts(file)
+        with pytest.raises(ValueError, match='line 1: ("answer" must be a text|no reply is right)'): read_prompts(file)
 
 
 def test_each_command_says_what_it_leaves_out(work, tmp_path):
@@ -159,6 +160,9 @@ def test_generate_prints_text_and_no_colours_into_a_pipe(work):
     again = simpledeco('generate', 'calibrated', MODEL, 'What is 1 + 1?', '--max-new-tokens',
                        '8', cwd=work)
     assert done.stdout.strip() and done.stdout == again.stdout and '\x1b' not in done.stdout
+    low, high, mean = map(float, re.search(r'^temperatures ([\d.]+) to ([\d.]+), mean ([\d.]+)$', done.stderr, re.M).groups())
+    assert low <= mean <= high
+    check_one_line(simpledeco('generate', 'calibrated', MODEL, ' ', cwd=work, check=False), 'the prompt is empty')
 
 
 def test_inspect_writes_one_file_that_needs_no_other(work):

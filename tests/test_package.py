@@ -55,6 +55,9 @@ def test_push_to_hub_uploads_the_head_and_our_card(tmp_path, monkeypatch):
         assert part in card.text, part
     assert 'It is not calibrated: nothing is promised.' in str(
         TemperatureHead(32).generate_model_card())
+    for by,call in (('token', 'with attach(model, head)'), ('prompt', 'T = prompt_temperature(model, head, inputs.input_ids).item()')):
+        of = str(TemperatureHead(32, reads='hidden', width=0, by=by).generate_model_card())
+        assert f'One temperature per {by} ' in of and call in of and of.count('model.generate') == 1
     back = TemperatureHead.from_pretrained(tmp_path/'hub')
     assert back.record == record and back.risk == .2
     assert all(torch.equal(a, b)

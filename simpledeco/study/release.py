@@ -88,18 +88,10 @@ def card(
 )->str: # Markdown
     "The card of a ready head"
     text = str(head.generate_model_card()).replace('from_pretrained(...)', f"from_pretrained('{name}')")
-    if head.by == 'prompt': text = _by_prompt(text)
-    elif name in MEASURED: text = text.replace('attach(model, head)', 'attach(model, head, scale=2)')
+    if name in MEASURED:
+        for end in ('(model, head)', 'input_ids)'): text = text.replace(end, f'{end[:-1]}, scale=2)')
     return text.rstrip() + '\n' + (NOTE.format(table=measured(methods, MEASURED[name] + RULES), unknown=UNKNOWN[name])
                                    if name in MEASURED else '')
-
-def _by_prompt(text):
-    "A head by prompt is used in another way than one by token, and says something else"
-    return (text.replace('One temperature per token for', 'One temperature per prompt for')
-            .replace('import attach, sampling', 'import prompt_temperature, sampling')
-            .replace('    with attach(model, head): model.generate(**inputs, **sampling(head))',
-                     '    T = prompt_temperature(model, head, inputs.input_ids, scale=2).item()\n'
-                     '    model.generate(**inputs, **sampling(head) | dict(temperature=T))'))
 
 # %% ../../nbs/48_release.ipynb #release-write
 def write_release(
