@@ -211,6 +211,7 @@ def prompt_temperature(
 )->torch.Tensor: # [B] float32
     "The temperature with which to answer each prompt. Raises `ValueError` when the head does not fit, or for what is no scale"
     if head.by != 'prompt': raise ValueError('this head has a temperature for each token: attach it')
+    if not torch.is_tensor(ids): raise ValueError(f'ids is a {type(ids).__name__}, not a tensor of token ids: pass inputs.input_ids')
     check_scale(scale)
     check_fits(head, model, other_model)
     hidden, logits, _ = read_output(model, lambda h: h[:, -1], input_ids=ids, **inputs)
@@ -244,5 +245,5 @@ def greedy_at_capitals(
 )->dict: # keyword arguments for `model.generate`
     "Sampling options that are greedy where the likeliest token begins a word with a capital letter. Raises `ValueError`"
     check_fraction('min_p', min_p)
-    if not temperature >= 0: raise ValueError(f'temperature is {temperature}: it must not be negative')
+    if not 0 <= temperature < math.inf: raise ValueError(f'temperature is {temperature}: it must be finite and not negative')
     return _nothing_else(logits_processor=[CapitalLetter(capitals(tokenizer), temperature, min_p)])

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from .ready import ready_heads
+
 # %% ../nbs/25_model.ipynb #424c426c
 def split_source(
     source:str, # NAME@REVISION, NAME or a folder
@@ -47,8 +49,7 @@ def load_model(
 ):
     "Load a frozen causal language model and its tokenizer: (model, tokenizer)"
     from transformers import AutoModelForCausalLM, AutoTokenizer # here, since a head does not wait for them
-    if str(path).startswith(('.', '/')) and not (Path(path)/'config.json').exists():
-        raise FileNotFoundError(f'no model in {path}: run `dvc repro` or `make model` first')
+    _check_there(str(path))
     name, revision = split_source(str(path))
     place = dict(device_map=_checked_device(device)) if device != 'cpu' else {}
     options = dict(revision=revision, trust_remote_code=False)
@@ -58,6 +59,15 @@ def load_model(
     _check_whole(path, model, loaded)
     return (model.eval().requires_grad_(False),
             _whole(path, lambda: AutoTokenizer.from_pretrained(name, **options)))
+
+# %% ../nbs/25_model.ipynb #check-there
+def _check_there(path):
+    "Raise an error for what is neither a folder with a model nor a name of the hub, before the hub is asked"
+    if path in ready_heads(): raise ValueError(f'{path} is a head: the head comes first, and then the model')
+    local = path.startswith(('.', '/', 'models/')) or path.count('/') > 1
+    if local and not (Path(path)/'config.json').exists():
+        raise FileNotFoundError(f'no model in {path}: the model of the ready heads is made there by '
+                                f'`simpledeco heads smollm2-by-prompt --model {path}`, those of the study by `make model`')
 
 # %% ../nbs/25_model.ipynb #load-errors
 def _whole(path, load):
@@ -105,8 +115,7 @@ def _checked_device(name):
         raise ValueError(
             f'device {name!r} is not known: it is cpu, cuda, cuda:1, mps or auto') from None
     if kind == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'device {name!r}: PyTorch finds no GPU here; set '
-                         '`device = cpu` in settings.ini')
+        raise ValueError(f'device {name!r}: PyTorch finds no GPU here: use cpu')
     return name if ':' in name or kind != 'cuda' else f'cuda:{torch.cuda.current_device()}'
 
 # %% ../nbs/25_model.ipynb #read-output
