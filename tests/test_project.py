@@ -110,6 +110,14 @@ def test_no_stage_writes_down_what_is_a_parameter(path):
             assert {k.arg for k in node.keywords} & {None, 'min_p'}, f'{node.func.id} has a min-p of its own in {path.name}'
 
 
+def test_on_valid_sets_nothing_learns_from_more_than_the_heads():
+    cells = [c.source for c in nbformat.read(ROOT/'nbs/pipeline/ladder.ipynb', 4).cells if c.cell_type == 'code']
+    calls = [n for n in ast.walk(ast.parse('\n'.join(cells))) if isinstance(n, ast.Call)
+             and getattr(n.func, 'id', '') in ('fit_rungs', 'fit_probes', 'rated')]
+    assert len(calls) == 3
+    for n in calls: assert 'corpora' in [getattr(x, 'id', '') for x in [*n.args, *(k.value for k in n.keywords)]], n.func.id
+
+
 def test_every_stage_watches_the_modules_that_it_uses(): check_pipeline(ROOT)
 
 
