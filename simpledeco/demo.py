@@ -39,8 +39,8 @@ def side_by_side(
 ): # yields (0 or 1, text, temperature); at the end (0 or 1, None, whether the model ended it)
     "Answer a prompt twice, a token at a time"
     import torch
-    from simpledeco.conversations import end_tokens
-    from simpledeco.model import context_length, read_output
+    from simpledeco.conversations import context_length, end_tokens
+    from simpledeco.model import read_output
     from simpledeco.model import past_name
     past, ends, generator = past_name(model), end_tokens(model, tokenizer), torch.Generator().manual_seed(seed)
     texts, over, own, cache = [TextStream(tokenizer, skip_special_tokens=True) for _ in range(2)], [False, False], None, None

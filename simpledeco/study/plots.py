@@ -13,6 +13,7 @@ __all__ = ['STYLE', 'LINES', 'COLOURS', 'TRAINED', 'in_turn', 'look', 'direct_la
 import matplotlib.pyplot as plt, pandas as pd
 from matplotlib.transforms import offset_copy
 
+from .. import helps
 from .decoders import DECODERS, marks
 
 # %% ../../nbs/17_plots.ipynb #abb0f094
@@ -31,7 +32,7 @@ def in_turn(styles, groups):
     raise ValueError(f'{len(groups)} lines and {len(styles)} styles to tell them apart: add a style to the figure')
 
 # %% ../../nbs/17_plots.ipynb #colours
-COLOURS = dict(ours='#0d2a6b', control='.34', rule='#e2711f', learned='#f2bb2a', static='.6')
+COLOURS = helps.COLOURS | dict(learned='#f2bb2a') # those of `simpledeco compare`, and one for what others have trained
 
 def look(
     name:str, # of a decoder, or of a method derived from one as in 'EDT, tuned'

@@ -19,13 +19,14 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from ..conversations import asks
 from ..decode import capitals, CapitalLetter, tempered
 from ..logits import log_partition
 from ..loss import minimum_sufficient_hinge, required_temperature
 from ..onpolicy import by_corpus, fit_answers, right_tokens, useful_gap
 from ..sample import constant, head_rule
 from .autodeco import autodeco_rule, fit_autodeco
-from .decoders import asks, at, at_first, Decoder, entropy_of, free_temperature, table_of
+from .decoders import at, at_first, Decoder, entropy_of, free_temperature, table_of
 from .rivals import dynamic_temperature, edt, p_less, top_h, top_n_sigma
 from .texts import fit_right, rejudged
 
@@ -241,7 +242,7 @@ RULE_RUNGS = [
     rung('greedy threshold', 'rule', 'greedy where the best token is unlikely', '>', WARM,
          lambda c, s: lambda step: greedy_below(step, s, .3, c.min_p), 'samplesmart'),
     rung('question mark', 'rule', 'greedy where the prompt ends in a question mark', '1', HOT,
-         lambda c, s: c.switch([not asks(t) for t in c.texts], s)),
+         lambda c, s: c.switch([not asks(x) for x in c.prompts], s)),
     rung('first word', 'rule', 'greedy where the prompt begins with a question word', '+', HOT,
          lambda c, s: c.switch([not asks_a_fact(t) for t in c.texts], s)),
     rung('capital letter', 'rule', 'greedy where the likeliest token begins a word with a capital letter', 'A', WARM, capital_letter),
