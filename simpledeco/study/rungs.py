@@ -66,13 +66,12 @@ def fit_probe(
     y:torch.Tensor, # [N] 0 or 1
     weight:torch.Tensor, # [N] how much each counts
     decay:float=1e-2, # of the squared weights, against learning the training set by heart
-    steps:int=60, # of L-BFGS, for a convex problem
 ): # hidden states [..., d] -> probability [...]
     "Logistic regression on standardised hidden states"
     std, mean = torch.std_mean(x.float(), 0)
     unit = lambda h: (h.float() - mean.to(h.device))/std.clamp(min=1e-6).to(h.device)
     w, b, z, y = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True), unit(x), y.float()
-    optimizer = torch.optim.LBFGS([w, b], max_iter=steps, line_search_fn='strong_wolfe')
+    optimizer = torch.optim.LBFGS([w, b], max_iter=60, line_search_fn='strong_wolfe')
     def loss():
         optimizer.zero_grad()
         each = torch.nn.functional.binary_cross_entropy_with_logits(z @ w + b, y, reduction='none')
@@ -89,11 +88,10 @@ def value_temperature(
     value:torch.Tensor, # [R] probability of being right
     min_p:float, # the threshold of min-p sampling
     risk:float, # the share of tokens at which one accepts to cut something right
-    most:int=512, # no larger nucleus is looked for
 )->torch.Tensor: # [R] the temperature that keeps the nucleus of mass 1 - risk/value
     "The minimum-sufficient temperature of text that the model wrote and that is right with some probability"
     z = logits.float()
-    top = z.topk(min(most, z.shape[-1])).values
+    top = z.topk(min(512, z.shape[-1])).values # no larger nucleus is looked for
     mass = torch.exp(top - z.logsumexp(-1, keepdim=True)).cumsum(-1)
     last = (mass < 1 - risk/value[:, None] - 1e-6).sum(-1).clamp(max=top.shape[-1] - 1)
     gap = top[:, 0] - top.gather(1, last[:, None])[:, 0]
