@@ -13,11 +13,11 @@ import torch
 import transformers
 from transformers import GenerationConfig, LogitsProcessorList
 
-from simpledeco.conversations import encode, end_tokens
+from simpledeco.conversations import context_length, encode, end_tokens
 from simpledeco.decode import attach, min_p_filter, sampling
 from simpledeco.evaluate import cluster_mean
 from simpledeco.loss import required_temperature
-from simpledeco.model import context_length, load_model, read_output
+from simpledeco.model import load_model, read_output
 from simpledeco.study.data import load_examples
 from simpledeco.study.models import model_folder
 from simpledeco.study.profiles import sample_table

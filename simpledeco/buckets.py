@@ -17,13 +17,12 @@ BUCKETS = ('trivial', 'goldilocks', 'hard', 'impossible')
 def bucket_of(
     rank:torch.Tensor, # [N] rank of the true token, from 1
     p_true:torch.Tensor, # [N] its probability at T = 1
-    confident:float=0.9, # from this probability on, a top-ranked token is trivial
 )->torch.Tensor: # [N] index into BUCKETS
-    "The bucket of each token"
+    "The bucket of each token; one on top is trivial from a probability of .9 on"
     found = torch.full_like(rank, 3)
     found[rank <= 100] = 2
     found[rank <= 10] = 1
-    found[(rank == 1) & (p_true >= confident)] = 0
+    found[(rank == 1) & (p_true >= .9)] = 0
     return found
 
 # %% ../nbs/27_buckets.ipynb #66083432

@@ -253,8 +253,7 @@ def _sources(examples):
 # %% ../nbs/35_cli.ipynb #check-prompt
 def _asked(model, tokenizer, messages, source):
     "The token ids of a prompt. Raises `ValueError`, naming the source, unless the model can answer it"
-    from simpledeco.conversations import prompt_ids
-    from simpledeco.model import context_length
+    from simpledeco.conversations import context_length, prompt_ids
     with naming(source): ids = prompt_ids(tokenizer, [messages])[0]
     context, vocabulary = context_length(model), model.get_input_embeddings().weight.shape[0]
     if not ids: raise ValueError(f'{source} is not one token long, so that the model has nothing to answer')

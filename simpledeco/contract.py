@@ -14,7 +14,7 @@ import torch
 
 from .checks import check_fraction
 from .evaluate import cluster_mean
-from .head import check_min_p, TemperatureHead
+from .head import TemperatureHead
 from .loss import required_temperature
 
 # %% ../nbs/04_contract.ipynb #3b65ca8f
@@ -88,16 +88,14 @@ def coverage(
     table, # a TokenTable
     splits=('test',), # which splits to look at
     corpora=None, # names of corpora; None: all of the table
-    min_p:float|None=None, # the min-p that decoding uses; None: the head's own
     bootstrap:int=1000,
 )->dict: # {corpus: {'groups': ..., 'tokens': ...}}, each with mean, lo, hi, n, groups
     """The share of true tokens kept, by corpus: with equal weight for each group, as promised, and
     for each token"""
-    out, min_p = {}, check_min_p(head, min_p)
+    out = {}
     for corpus in corpora or table.corpora:
         rows = table.rows([corpus], list(splits))
-        kept = (required_temperature(table['gap'][rows],
-                                     min_p) <= head.temperatures(table, rows)).float()
+        kept = (required_temperature(table['gap'][rows], head.min_p) <= head.temperatures(table, rows)).float()
         out[corpus] = two_levels(kept, table['group'][rows], bootstrap)
     return out
 

@@ -40,8 +40,8 @@ def side_by_side(
 ): # yields (0 or 1, text, temperature); at the end (0 or 1, None, whether the model ended it)
     "Answer a prompt twice, a token at a time. Raises `ValueError` for what is no scale"
     import torch
-    from simpledeco.conversations import end_tokens
-    from simpledeco.model import context_length, read_output
+    from simpledeco.conversations import context_length, end_tokens
+    from simpledeco.model import read_output
     from simpledeco.model import past_name
     check_scale(scale)
     past, ends, generator = past_name(model), end_tokens(model, tokenizer), torch.Generator().manual_seed(seed)

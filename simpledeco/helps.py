@@ -5,14 +5,14 @@ this page you know what `simpledeco compare` compares a head with, and how to re
 
 # %% auto #0
 __all__ = ['TEMPERATURES', 'HEAD', 'FIRST', 'FEWEST', 'RIVALS', 'COLOURS', 'MARKS', 'constant_name', 'decoders', 'answered',
-           'asks', 'switches', 'check_prompts', 'compared', 'in_words', 'notes', 'mark', 'drawn', 'picture']
+           'switches', 'check_prompts', 'compared', 'in_words', 'notes', 'mark', 'drawn', 'picture']
 
 # %% ../nbs/37_helps.ipynb #helps-imports
 import copy
 
 import numpy as np
 
-from .conversations import end_tokens
+from .conversations import asks, end_tokens
 from .onpolicy import judge
 from .sample import constant, head_rule, sample
 from .text import distinct_n, frontier_excess, paired_difference
@@ -54,8 +54,6 @@ def answered(
             for name,groups in found.items()}
 
 # %% ../nbs/37_helps.ipynb #helps-switches
-def asks(prompt): return prompt['messages'][-1]['content'].rstrip().endswith('?')
-
 def switches(
     prompts:list, # dicts with messages
     answers:dict, # {decoder: [answers to each prompt]}, the constants among them

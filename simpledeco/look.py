@@ -99,8 +99,8 @@ def token_report(
 )->list: # a dict for each response token, see `_token`
     "What the head makes of each token of an answer. Raises `ValueError` for what is no scale, or a head by prompt without a temperature"
     import torch
-    from simpledeco.conversations import encode, end_tokens
-    from simpledeco.model import context_length, read_output
+    from simpledeco.conversations import context_length, encode, end_tokens
+    from simpledeco.model import read_output
     from simpledeco.request import check_by_token
     check_scale(scale)
     if temperature is None: check_by_token(head)

@@ -21,11 +21,10 @@ from .loss import minimum_sufficient_hinge, required_temperature
 def hold_out(
     table, # a TokenTable
     rows:torch.Tensor, # [M] rows of the training split
-    every:int=10, # one group in so many, on average
 ):
-    "Split rows by group into (fit, held out). Raises `ValueError` when there is only one group"
+    "Split rows by group into (fit, held out), on average one group in ten. Raises `ValueError` when there is only one group"
     example = table['example'][rows].long()
-    at = {i: _hash(table.examples[i], every) for i in example.unique().tolist()}
+    at = {i: _hash(table.examples[i]) for i in example.unique().tolist()}
     places = sorted(set(at.values()))
     if len(places) < 2:
         raise ValueError('too few conversations: all are of one group, and '
@@ -35,10 +34,10 @@ def hold_out(
     return rows[~held], rows[held]
 
 # %% ../nbs/03_train.ipynb #hold-out-hash
-def _hash(example, every):
-    "A number in [0, every) that depends on the group alone"
+def _hash(example):
+    "A number in [0, 10) that depends on the group alone"
     name = f"held out {example['corpus']}: {example['group']}"
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16)*every/2**256
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)*10/2**256
 
 # %% ../nbs/03_train.ipynb #e1b4d0c2
 def hinge(min_p, risk):

@@ -4,11 +4,11 @@ import ast, re, shutil, statistics
 import nbformat, pytest, yaml
 from conftest import ROOT, run
 
+from simpledeco.conversations import asks
 from simpledeco.study.corpora import CORPORA
 from simpledeco.study.paper import ESTIMATES, numbers_tex, paper_numbers, readme, source_of, used_numbers
 from simpledeco.study.pipeline import check_pipeline, import_graph, parameters, reached
 from simpledeco.study.results import check_stamp
-from simpledeco.study.rungs import asks
 from simpledeco.study.settings import check_params, load_params, load_profile
 from simpledeco.study.texts import test_prompts as prompts_of
 
@@ -261,7 +261,7 @@ def test_clean_clone_is_up_to_date(clone):
 def test_the_switch_of_the_paper_is_right_about_every_prompt_of_its_test():
     p = load_profile('full', ROOT)
     questions, opens = prompts_of(p, 'test', p.primary.split())
-    ends = lambda prompts: [asks(x['messages'][-1]['content']) for x in prompts]
+    ends = lambda prompts: [asks(x) for x in prompts]
     assert len(opens) == 100 and not any(ends(opens))
     assert sum(map(len, questions.values())) == 161 and all(all(ends(x)) for x in questions.values())
 

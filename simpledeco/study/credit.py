@@ -39,12 +39,11 @@ def continued(
     examples:list, # answers, as from `on_policy`
     budget:int, # tokens of an answer, with those that are there
     n:int=8, # how often each is finished
-    seed:int=0,
 )->list: # for each answer [tokens, n] bool: is it right when it is drawn anew from this token on?
     "Monte-Carlo estimates of the value before each token, at temperature 1 with nothing cut"
     cuts = [(x, x['ids'][x['where'][0]:w], w) for x in examples for w in x['where']]
     asked = [[dict(role='user', content=' '.join(map(str, x['ids'][:w])))] for x,_,w in cuts]
-    drawn = sample(model, _Ids(tokenizer), asked, dict(own=constant(1, min_p=None)), n, budget, seed, progress=False)['own']
+    drawn = sample(model, _Ids(tokenizer), asked, dict(own=constant(1, min_p=None)), n, budget, progress=False)['own']
     whole = lambda before, a: tokenizer.decode([*before, *a.tokens[:budget - len(before)]], skip_special_tokens=True)
     right = [[is_right(whole(before, a), x) for a in group] for (x, before, _),group in zip(cuts, drawn)]
     return np.split(np.array(right), np.cumsum([len(x['where']) for x in examples])[:-1])

@@ -7,7 +7,7 @@ which it stands in every table, figure and list that can show it."""
 # %% auto #0
 __all__ = ['FAMILIES', 'STAGES', 'every', 'STATIC', 'RULES', 'CONTROLS', 'text', 'JUDGED', 'REFERENCE', 'DECODERS', 'Decoder',
            'Tokens', 'Texts', 'at', 'entropy_of', 'Pool', 'temperature_pool', 'static', 'nucleus', 'free_temperature',
-           'asks', 'question_mark', 'says', 'drawn', 'at_first', 'table_of', 'shown', 'marks']
+           'question_mark', 'says', 'drawn', 'at_first', 'table_of', 'shown', 'marks']
 
 # %% ../../nbs/12_decoders.ipynb #decoders-imports
 from collections import Counter
@@ -17,6 +17,7 @@ from random import Random
 
 import torch
 
+from ..conversations import asks
 from ..decode import tempered
 from ..loss import self_quantile_temperature
 from ..sample import constant, head_rule
@@ -160,11 +161,9 @@ def free_temperature(step, min_p, risk):
                                      log_z=z.logsumexp(-1) - z.amax(-1))
 
 # %% ../../nbs/12_decoders.ipynb #decoders-switch
-def asks(text): return text.rstrip().endswith('?')
-
 def question_mark(c, warm):
     "Greedy where the prompt asks, elsewhere a temperature"
-    T = torch.tensor([0. if asks(x['messages'][-1]['content']) else warm for x in c.prompts])
+    T = torch.tensor([0. if asks(x) else warm for x in c.prompts])
     return at(lambda step: T.to(step.logits.device)[step.asked], c.min_p)
 
 # %% ../../nbs/12_decoders.ipynb #decoders-rule-rows

@@ -39,7 +39,6 @@ def grow(
     model, tokenizer, # a frozen model and its tokenizer
     prompt:dict, # with messages and answer, a list of valid names
     outside:torch.Tensor, # from `word_ends`
-    batch:int=64, # names that are read at the same time
 )->Tree:
     "Read a prompt, the beginning of its answer, and every valid name"
     asked = prompt_ids(tokenizer, [prompt['messages']])[0]
@@ -49,8 +48,8 @@ def grow(
     spelled = [tokenizer.encode(f' {n}', add_special_tokens=False) for n in names]
     places = {p: i for i,p in enumerate(dict.fromkeys(tuple(s[:k]) for s in spelled for k in range(len(s) + 1)))}
     hidden, logits = [None]*len(places), [None]*len(places)
-    for i in range(0, len(spelled), batch):
-        some = spelled[i:i+batch]
+    for i in range(0, len(spelled), 64): # names that are read at the same time
+        some = spelled[i:i+64]
         width = max(map(len, some))
         ids = torch.tensor([start + s + s[-1:]*(width - len(s)) for s in some], device=model.device)
         h, z, _ = read_output(model, lambda x: x[:, len(start)-1:].flatten(0, 1), input_ids=ids, use_cache=False)
@@ -117,20 +116,20 @@ def by_temperature(
     return np.stack([name_probabilities(tree, *b) for b in both]), both
 
 
-def best_by_place(tree, both, n, sweeps=6): # expected number of distinct valid answers
+def best_by_place(tree, both, n): # expected number of distinct valid answers
     "The best temperature at each place, by a local search from every constant"
     route, factor = paths(tree), np.ones((len(GRID), len(tree.edges), len(tree.names)))
     for k,(step,end) in enumerate(both):
         for name,way in enumerate(route):
             for i,j in way: factor[k, i, name] = end[i] if j is None else step[i, j]
     under = [np.unique([name for name,way in enumerate(route) for a,_ in way if a == i]) for i in range(len(tree.edges))]
-    return max(_climb(factor, under, np.full(len(tree.edges), k), n, sweeps) for k in range(len(GRID)))
+    return max(_climb(factor, under, np.full(len(tree.edges), k), n) for k in range(len(GRID)))
 
 # %% ../../nbs/51_ladder.ipynb #climb
-def _climb(factor, under, chosen, n, sweeps):
+def _climb(factor, under, chosen, n):
     "Change the temperature of one place at a time, as long as it helps"
     at = np.arange(factor.shape[1])
-    for _ in range(sweeps):
+    for _ in range(6):
         was = chosen.copy()
         for i,names in enumerate(under):
             if not len(names): continue

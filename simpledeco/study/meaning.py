@@ -15,8 +15,8 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoTokenizer
 
-from ..conversations import encode, end_tokens
-from ..model import context_length, read_output
+from ..conversations import context_length, encode, end_tokens
+from ..model import read_output
 
 # %% ../../nbs/56_meaning.ipynb #encoder
 PACKAGE = 'all_minilm_l6_v2'

@@ -13,6 +13,7 @@ __all__ = ['STYLE', 'LINES', 'COLOURS', 'TRAINED', 'in_turn', 'look', 'direct_la
 import matplotlib.pyplot as plt, pandas as pd
 from matplotlib.transforms import offset_copy
 
+from .. import helps
 from .decoders import DECODERS, marks
 
 # %% ../../nbs/17_plots.ipynb #abb0f094
@@ -31,7 +32,7 @@ def in_turn(styles, groups):
     raise ValueError(f'{len(groups)} lines and {len(styles)} styles to tell them apart: add a style to the figure')
 
 # %% ../../nbs/17_plots.ipynb #colours
-COLOURS = dict(ours='#0d2a6b', control='.34', rule='#e2711f', learned='#f2bb2a', static='.6')
+COLOURS = helps.COLOURS | dict(learned='#f2bb2a') # those of `simpledeco compare`, and one for what others have trained
 
 def look(
     name:str, # of a decoder, or of a method derived from one as in 'EDT, tuned'
@@ -44,12 +45,10 @@ def look(
 # %% ../../nbs/17_plots.ipynb #direct-labels
 def direct_labels(
     ax, # axes whose lines have labels
-    size:float=6, # of the letters, in points
-    away:float=12, # from the axes, in points
 ):
     "The names of marks and lines, each behind its mark, in a column beside a figure, in the place of a legend"
     (low, high), right = ax.get_ylim(), ax.get_xlim()[1]
-    column = offset_copy(ax.transAxes, ax.figure, away, units='points')
+    column = offset_copy(ax.transAxes, ax.figure, 12, units='points')
     lines = {name: h[0] if isinstance(h, tuple) else h for h,name in zip(*ax.get_legend_handles_labels())}
     ends = {name: (right if name.startswith('greedy') else line.get_xydata()[-1][0], line.get_xydata()[-1][1])
             for name,line in lines.items()}
@@ -60,7 +59,7 @@ def direct_labels(
         ax.annotate('', (x, y), at, textcoords=column, annotation_clip=False, arrowprops=thin)
         mark = dict(marker=line.get_marker(), mfc=line.get_markerfacecolor(), ms=min(line.get_markersize(), 5), color=line.get_color())
         if mark['marker'] not in ('None', None, ''): ax.plot(*at, transform=column, clip_on=False, lw=0, **mark)
-        ax.annotate(name, at, xytext=(5, 0), xycoords=column, textcoords='offset points', fontsize=size, va='center')
+        ax.annotate(name, at, xytext=(5, 0), xycoords=column, textcoords='offset points', fontsize=6, va='center')
 
 # %% ../../nbs/17_plots.ipynb #2093fd49
 def save(
@@ -118,14 +117,12 @@ def plot_auroc(
 # %% ../../nbs/17_plots.ipynb #02de02c4
 def plot_tradeoff(
     scores:pd.DataFrame, # columns corpus, method, kept, p_true; method: names of the table of decoders
-    columns:int=4, # panels in a row
 ):
-    "Expected probability of the true token against the share kept, one panel a corpus"
+    "Expected probability of the true token against the share kept, one panel a corpus, four in a row"
     corpora = list(dict.fromkeys(scores.corpus))
+    lines = -(-len(corpora)//4)
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(-(-len(corpora)//columns), columns,
-                                 figsize=(6.3, 1.75*-(-len(corpora)//columns)), constrained_layout=True,
-                                 squeeze=False)
+        fig, axes = plt.subplots(lines, 4, figsize=(6.3, 1.75*lines), constrained_layout=True, squeeze=False)
         for ax,corpus in zip(axes.flat, corpora):
             _tradeoff_panel(ax, scores[scores.corpus == corpus], corpus)
         for ax in axes.flat[len(corpora):]: ax.axis('off')

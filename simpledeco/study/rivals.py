@@ -60,10 +60,9 @@ def edt(
 # %% ../../nbs/13_rivals.ipynb #filters
 def top_n_sigma(
     logits:torch.Tensor, # [..., V]
-    n:float=1.0, # standard deviations
 )->torch.Tensor: # [..., V], -inf where cut
-    "Keep the logits within n standard deviations of the largest (arXiv 2411.07641)"
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) - n*logits.std(-1, keepdim=True), -torch.inf)
+    "Keep the logits within one standard deviation of the largest (arXiv 2411.07641)"
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) - logits.std(-1, keepdim=True), -torch.inf)
 
 
 def p_less(
@@ -76,16 +75,15 @@ def p_less(
 
 def top_h(
     logits:torch.Tensor, # [..., V], already divided by a temperature
-    alpha:float=0.4, # the share of the entropy
     most:int=1024, # no more tokens than this are kept
 )->torch.Tensor: # [..., V], -inf where cut
-    "Keep the most likely tokens whose own entropy is at most a share of the whole (arXiv 2509.02510)"
+    "Keep the most likely tokens whose own entropy is at most .4 of the whole (arXiv 2509.02510)"
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp()*log_p).nan_to_num().sum(-1, keepdim=True)
     top, where = log_p.topk(min(most, logits.shape[-1]), dim=-1)
     mass = top.exp().cumsum(-1)
     own = mass.log() - (top.exp()*top).cumsum(-1)/mass # of the first k tokens, renormalised
-    keep = (own <= alpha*entropy).cumprod(-1).bool()
+    keep = (own <= .4*entropy).cumprod(-1).bool()
     keep[..., 0] = True
     return torch.full_like(logits, -torch.inf).scatter(-1, where, torch.where(keep, logits.gather(-1, where), -torch.inf))
 

@@ -19,13 +19,14 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from ..conversations import asks
 from ..decode import capitals, CapitalLetter, tempered
 from ..logits import log_partition
 from ..loss import minimum_sufficient_hinge, required_temperature
 from ..onpolicy import by_corpus, fit_answers, right_tokens, useful_gap
 from ..sample import constant, head_rule
 from .autodeco import autodeco_rule, fit_autodeco
-from .decoders import asks, at, at_first, Decoder, entropy_of, free_temperature, table_of
+from .decoders import at, at_first, Decoder, entropy_of, free_temperature, table_of
 from .rivals import dynamic_temperature, edt, p_less, top_h, top_n_sigma
 from .texts import fit_right, rejudged
 
@@ -65,13 +66,12 @@ def fit_probe(
     y:torch.Tensor, # [N] 0 or 1
     weight:torch.Tensor, # [N] how much each counts
     decay:float=1e-2, # of the squared weights, against learning the training set by heart
-    steps:int=60, # of L-BFGS, for a convex problem
 ): # hidden states [..., d] -> probability [...]
     "Logistic regression on standardised hidden states"
     std, mean = torch.std_mean(x.float(), 0)
     unit = lambda h: (h.float() - mean.to(h.device))/std.clamp(min=1e-6).to(h.device)
     w, b, z, y = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True), unit(x), y.float()
-    optimizer = torch.optim.LBFGS([w, b], max_iter=steps, line_search_fn='strong_wolfe')
+    optimizer = torch.optim.LBFGS([w, b], max_iter=60, line_search_fn='strong_wolfe')
     def loss():
         optimizer.zero_grad()
         each = torch.nn.functional.binary_cross_entropy_with_logits(z @ w + b, y, reduction='none')
@@ -88,11 +88,10 @@ def value_temperature(
     value:torch.Tensor, # [R] probability of being right
     min_p:float, # the threshold of min-p sampling
     risk:float, # the share of tokens at which one accepts to cut something right
-    most:int=512, # no larger nucleus is looked for
 )->torch.Tensor: # [R] the temperature that keeps the nucleus of mass 1 - risk/value
     "The minimum-sufficient temperature of text that the model wrote and that is right with some probability"
     z = logits.float()
-    top = z.topk(min(most, z.shape[-1])).values
+    top = z.topk(min(512, z.shape[-1])).values # no larger nucleus is looked for
     mass = torch.exp(top - z.logsumexp(-1, keepdim=True)).cumsum(-1)
     last = (mass < 1 - risk/value[:, None] - 1e-6).sum(-1).clamp(max=top.shape[-1] - 1)
     gap = top[:, 0] - top.gather(1, last[:, None])[:, 0]
@@ -242,7 +241,7 @@ RULE_RUNGS = [
     rung('greedy threshold', 'rule', 'greedy where the best token is unlikely', '>', WARM,
          lambda c, s: lambda step: greedy_below(step, s, .3, c.min_p), 'samplesmart'),
     rung('question mark', 'rule', 'greedy where the prompt ends in a question mark', '1', HOT,
-         lambda c, s: c.switch([not asks(t) for t in c.texts], s)),
+         lambda c, s: c.switch([not asks(x) for x in c.prompts], s)),
     rung('first word', 'rule', 'greedy where the prompt begins with a question word', '+', HOT,
          lambda c, s: c.switch([not asks_a_fact(t) for t in c.texts], s)),
     rung('capital letter', 'rule', 'greedy where the likeliest token begins a word with a capital letter', 'A', WARM, capital_letter),

@@ -273,12 +273,11 @@ def paired(
 def exact_sets(
     p, # a profile, from load_profile
     split:str, # 'calibration' or 'test'
-    most:int=60, # names in a set
 )->list: # prompts, one for each set
-    "Valid sets in one wording each, the same number of each family where there are so many"
+    "Valid sets of at most 60 names in one wording each, the same number of each family where there are so many"
     found = {}
     for x in task_prompts(p, 10_000, split, ['sets']):
-        if len(x['answer']) <= most: found.setdefault(cluster(x), x)
+        if len(x['answer']) <= 60: found.setdefault(cluster(x), x)
     by_family = {}
     for x in found.values(): by_family.setdefault(x['group'], []).append(x)
     each = max(1, p.test_prompts//2)

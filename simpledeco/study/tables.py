@@ -298,12 +298,12 @@ def oracle_rows(found):
     return [[f'oracle: {name}', between(found['oracles'][k]), *(f'{f[k]:.2f}' for f in found['families'].values())]
             for k,name in ORACLES.items()]
 
-def oracles_table(c, few=('by token', 'by prompt')):
+def oracles_table(c):
     "Expected distinct valid answers: the oracles, the constant that was chosen, and our heads"
     found = c.numbers['ladder']
-    gains = {m: found['gains'][f'{m} over static, min-p'] for m in few}
+    gains = {m: found['gains'][f'{m} over static, min-p'] for m in ('by token', 'by prompt')}
     blank = [''] * len(found['families'])
-    rows = [['static, min-p', f"{gains[few[0]]['rival']:.2f}", *blank], *([m, f"{g['value']:.2f}", *blank] for m,g in gains.items())]
+    rows = [['static, min-p', f"{gains['by token']['rival']:.2f}", *blank], *([m, f"{g['value']:.2f}", *blank] for m,g in gains.items())]
     return table_tex(['', f"distinct valid of {found['n']}", *found['families']], [*oracle_rows(found), None, *rows], 'll' + 'r'*len(blank))
 
 def ladder_table(c):
@@ -338,18 +338,19 @@ LADDER = ('by token', 'by prompt', 'first token', 'cross-entropy', 'question mar
           'AutoDeco', 'capital letter')
 PAIRED = ('by prompt', 'question mark', 'cross-entropy')
 
-def rungs_few_table(c, base='static, min-p', ours='by token', at='T = 0.7'):
+def rungs_few_table(c, at='T = 0.7'):
     "The rungs of the argument over the constant, and the head by token over its rivals"
     gains = c.gains()[lambda x: x['at'] == at]
     tasks = list(dict.fromkeys(gains.task))
     row = lambda d, rival: [gain_cell(gains[(gains.decoder == d) & (gains.rival == rival) & (gains.task == t)]) for t in tasks]
     there = lambda names, of: [m for m in names if m in set(gains[of])]
-    return table_tex(['', *tasks], [*([named(d), *row(d, base)] for d in there(LADDER, 'decoder')), None,
-                                    *([named(f'{ours}, over {r}'), *row(ours, r)] for r in there(PAIRED, 'rival'))], 'l' + 'r'*len(tasks))
+    over = [[named(d), *row(d, 'static, min-p')] for d in there(LADDER, 'decoder')]
+    ours = [[named(f'by token, over {r}'), *row('by token', r)] for r in there(PAIRED, 'rival')]
+    return table_tex(['', *tasks], [*over, None, *ours], 'l' + 'r'*len(tasks))
 
-def rungs_further_table(c, base='static, min-p'):
+def rungs_further_table(c):
     "All decoders that were asked about the places of `further`, and these places alone, at each variety"
-    gains = c.again('rungs_gains')[lambda x: x.task == 'further']
+    base, gains = 'static, min-p', c.again('rungs_gains')[lambda x: x.task == 'further']
     every = list(dict.fromkeys(zip(gains.decoder, gains.rival)))
     pairs = [x for x in every if x[1] == base], [x for x in every if x[1] != base]
     row = lambda d, r: [gain_cell(gains[(gains.decoder == d) & (gains.rival == r) & (gains['at'] == at)]) for at in AT]

@@ -108,13 +108,11 @@ def sentences(
     examples:list, # as from `on_policy`
     corpus:str,
     tokenizer,
-    shown:int=3, # sentences
-    tokens:int=16, # of each
 )->list: # dicts: corpus, sentence, right, token, T
-    "A few answers with the temperature of each token"
-    numbers, out = [i for i,x in enumerate(examples) if x['corpus'] == corpus][:4*shown:4], []
+    "Three answers with the temperatures of their first 16 tokens"
+    numbers, out = [i for i,x in enumerate(examples) if x['corpus'] == corpus][:12:4], []
     for i in numbers:
-        rows = (table['example'] == i).nonzero()[:tokens, 0]
+        rows = (table['example'] == i).nonzero()[:16, 0]
         out += [dict(corpus=corpus, sentence=i, right=examples[i]['right'],
                      token=tokenizer.decode([t]), T=round(v, 2))
                 for t,v in zip(table['label'][rows].tolist(), head.temperatures(table, rows).tolist())]
@@ -157,12 +155,11 @@ def pool_rows(
     tested, # corpora of questions
     opened:str, # the corpus of open prompts
     seed:int=0,
-    each:int=5000, # tokens, drawn with replacement
 )->torch.Tensor: # row numbers
-    "Training tokens of questions and of open prompts, half and half"
+    "Training tokens of questions and of open prompts, 5,000 of each, drawn with replacement"
     generator = torch.Generator().manual_seed(seed)
     parts = torch.cat([table.rows([c]) for c in tested]), table.rows([opened])
-    return torch.cat([r[torch.randint(len(r), (each,), generator=generator)] for r in parts])
+    return torch.cat([r[torch.randint(len(r), (5000,), generator=generator)] for r in parts])
 
 # %% ../../nbs/16_texts.ipynb #texts-collect
 def collect(
@@ -203,10 +200,9 @@ def accuracy(right, decoder, corpora): # [P] share of right answers, question by
 # %% ../../nbs/16_texts.ipynb #texts-variety
 def variety(
     seeds:list, # [for each seed: [answers to each open prompt]]
-    budget:int=24, # texts are cut to so many tokens
 )->np.ndarray: # [P] distinct-2, the mean of the seeds; nan where no text has two tokens
-    "How varied the answers to each open prompt are"
-    return np.array([[distinct_n([a.tokens for a in group], 2, budget) for group in prompts]
+    "How varied the first 24 tokens of the answers to each open prompt are"
+    return np.array([[distinct_n([a.tokens for a in group], 2, 24) for group in prompts]
                      for prompts in seeds]).mean(0)
 
 def usable(varieties): return np.all([np.isfinite(v) for v in varieties.values()], 0) # [P] bool

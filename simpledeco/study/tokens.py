@@ -52,12 +52,11 @@ def training_sample(
     table, # a TokenTable
     mix:list, # the training corpora
     seed:int=0,
-    each:int=20_000, # tokens of each bucket, drawn with replacement
 )->torch.Tensor: # row numbers
-    "Tokens in the proportions that a head is trained on"
+    "Tokens in the proportions that a head is trained on: as many of each bucket, drawn with replacement"
     kept = training_rows(table, table.rows(mix, ['train']), seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([r[torch.randint(len(r), (each,), generator=generator)] for r in kept.values()])
+    return torch.cat([r[torch.randint(len(r), (20_000,), generator=generator)] for r in kept.values()])
 
 # %% ../../nbs/15_tokens.ipynb #tokens-fit-rules
 def fit_rules(
@@ -139,20 +138,18 @@ def quality(found, c):
 # %% ../../nbs/15_tokens.ipynb #tokens-tuned
 def tune_all(
     c:Tokens, # tokens of the calibration split
-    stage:str='controls', # whose decoders
 )->dict: # {decoder: (the best setting, its mean quadratic score)}
     "Choose a setting for every decoder that has a grid"
     return {d.name: tune(d.grid, lambda **setting: quality(decode_tokens(d, c, **setting), c))
-            for d in shown(stage) if d.grid}
+            for d in shown('controls') if d.grid}
 
 # %% ../../nbs/15_tokens.ipynb #tokens-all
 def all_decoders(
     c:Tokens,
     tuned:dict, # from `tune_all`
-    stage:str='controls', # whose decoders
 )->dict: # {name: arguments of `decoder_scores`}
     "Every decoder with its own setting, and with the chosen one"
-    out = {d.name: decode_tokens(d, c) for d in shown(stage) if not d.tuned_only}
+    out = {d.name: decode_tokens(d, c) for d in shown('controls') if not d.tuned_only}
     for name,(setting,_) in tuned.items():
         out[name if DECODERS[name].family == 'static'
             else f'{name}, tuned'] = decode_tokens(DECODERS[name], c, **setting)
@@ -267,13 +264,12 @@ def resplit(
     rows:torch.Tensor, # [M] tokens of the calibration and test splits
     risk:float, # the share of true tokens one accepts to lose
     generator:torch.Generator,
-    times:int=200,
 )->dict: # mean and sd of the coverage
     """Pool calibration and test groups, split them again at random, calibrate on one half, test on
-    the other"""
+    the other; 200 times"""
     group, s, kept = table['group'][rows], scores(head, table, rows), []
     ids = group.unique()
-    for _ in range(times):
+    for _ in range(200):
         half = torch.isin(group, ids[torch.randperm(len(ids), generator=generator)[:len(ids)//2]])
         kept.append(by_group((s[~half] <= conformal_offset(s[half], group[half], risk)).float(),
                              group[~half]))
@@ -326,13 +322,12 @@ def loss_curves(
     table, # a TokenTable
     row:torch.Tensor, # [1] the row of a token
     min_p:float, # the threshold of min-p sampling
-    gravity:float=.05, # the same for all
 )->list: # dicts: loss, T, value, slope
-    "Every loss and its slope on one token"
+    "Every loss and its slope on one token, with a gravity of .05 in all"
     t = torch.linspace(.02, 3, 200, requires_grad=True)
     gap, z, y, out = table['gap'][row], table.take('top_logits', row), table['rank'][row].long() - 1, []
     for loss in LOSSES:
-        value = torch.stack([loss.value(x, gap, z, y, min_p, gravity) for x in t.split(1)])
+        value = torch.stack([loss.value(x, gap, z, y, min_p, .05) for x in t.split(1)])
         slope, = torch.autograd.grad(value.sum(), t)
         out += [dict(loss=loss.name, T=T, value=v, slope=s)
                 for T,v,s in zip(t.tolist(), value.tolist(), slope.tolist())]
