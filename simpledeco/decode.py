@@ -10,6 +10,7 @@ __all__ = ['NEUTRAL', 'OFF', 'divisor', 'Attachment', 'check_plain_logits', 'att
 
 # %% ../nbs/05_decode.ipynb #decode-imports
 import math
+from pathlib import Path
 from threading import get_ident, Lock
 
 import torch
@@ -122,7 +123,8 @@ def attach(
     other_model:bool=False, # accept a model that the head was not trained for
 )->Attachment: # has .remove(), also a context manager
     """Divide the model's logits by the head's temperature. Raises `ValueError` when the head does
-    not fit, or for what is no scale"""
+    not fit, for the name of one, or for what is no scale"""
+    if isinstance(head, (str, Path)): raise ValueError(f'{head} is a name: load it with TemperatureHead.from_pretrained({str(head)!r})')
     if head.by == 'prompt':
         raise ValueError('this head has one temperature for each prompt: '
                          'give `generate` what `prompt_temperature` says')
@@ -189,7 +191,7 @@ OFF = ('top_h', 'sequence_bias', 'exponential_decay_length_penalty', 'watermarki
 
 # %% ../nbs/05_decode.ipynb #9ae4b7f4
 def _nothing_else(**options): # sampling options in the place of the model's own
-    return dict(do_sample=True, **options, **dict.fromkeys(OFF), generation_config=GenerationConfig(**NEUTRAL))
+    return dict(do_sample=True, **options, **dict.fromkeys(OFF), generation_config=GenerationConfig(do_sample=True, **NEUTRAL))
 
 
 def sampling(

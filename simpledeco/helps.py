@@ -78,8 +78,9 @@ def check_prompts(
         if not kind: raise ValueError(f'there are no {name} that the head has not seen: add prompts {own}')
         groups = len({x['group'] for x in kind})
         if groups < FEWEST:
-            raise ValueError(f'the {len(kind)} {name} that the head has not seen are of {groups} group{"s"*(groups > 1)}, and an '
-                             f'interval needs {FEWEST}: add prompts {own}')
+            few = f'{name[:-1]} that the head has not seen is' if len(kind) == 1 else f'{name} that the head has not seen are'
+            raise ValueError(f'the {len(kind)} {few} of {groups} group{"s"*(groups > 1)}, and an interval needs {FEWEST}: '
+                             f'add prompts {own}')
 
 # %% ../nbs/37_helps.ipynb #helps-measures
 def _measures(prompts, answers):

@@ -76,6 +76,9 @@ def _whole(path, load):
     except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as e:
         raise ValueError(f'the model in {path} is truncated or corrupt ({_first_line(e)}): '
                          'delete the folder and build or download it again') from e
+    except OSError as e:
+        if Path(path).exists(): raise
+        raise OSError(f'there is no folder {path} here, and no model of the hub could be loaded by that name: {e}') from e
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as e:
         if 'trust_remote_code' in str(e):
             raise ValueError(f'{path} brings code of its own, which simpledeco '

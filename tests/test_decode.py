@@ -237,6 +237,14 @@ def test_a_models_own_settings_do_not_change_what_is_sampled(name, shipped):
         torch.testing.assert_close(candidates(model, ids, **sampling(head)), wanted)
 
 
+def test_transformers_finds_no_option_of_ours_invalid(monkeypatch):
+    model, said = tiny('llama'), []
+    monkeypatch.setattr('transformers.generation.configuration_utils.logger.warning_once', said.append)
+    monkeypatch.setattr('transformers.generation.configuration_utils.logger.warning', said.append)
+    with attach(model, head := head_for(model)): candidates(model, IDS, **sampling(head))
+    assert not [x for x in said if 'not valid' in x], said
+
+
 def test_what_may_be_said_and_where_a_text_ends_stays_the_models_own():
     model = tiny('llama')
     head = head_for(model)

