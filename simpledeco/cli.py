@@ -329,12 +329,13 @@ def read_prompts(
     return read_conversations(path, _prompt)
 
 # %% ../nbs/35_cli.ipynb #prompt-of
-PROMPT = dict.fromkeys(('messages', 'answer', 'check', 'split', 'group', 'corpus', 'id'))
+PROMPT = ('messages', 'answer', 'check', 'split', 'group', 'corpus', 'id')
+
 def _prompt(x, line):
     "A conversation as a prompt. Raises `ValueError` with what is wrong"
     key, check = line.get('answer'), line.get('check') or 'phrase'
-    for field in line.keys() - PROMPT: # a misspelt "answer" would make a question an open prompt
-        raise ValueError(f'unknown field {field!r}, there are {", ".join(PROMPT)}')
+    unknown = sorted(set(line) - set(PROMPT)) # a misspelt "answer" would make a question an open prompt
+    if unknown: raise ValueError(f'unknown field {unknown[0]!r}, there are {", ".join(PROMPT)}')
     if not isinstance(check, str) or check not in CHECKS:
         raise ValueError(f'unknown check {check!r}, there are {", ".join(CHECKS)}')
     keys = [] if key is None else key if isinstance(key, list) and key else [key]
