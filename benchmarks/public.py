@@ -1,5 +1,6 @@
 """A head that has learned from this project's prompts, on questions and instructions that people wrote: `simpledeco compare`
-on public rows that stay where they are. Writes benchmarks/public.json. Run: python benchmarks/public.py FOLDER HEAD
+on public rows that stay where they are. Run: python benchmarks/public.py FOLDER PROFILE OUT, after `make full` or `make gemma-full`,
+whose head of all kinds of prompts it takes; benchmarks/public.json is of [full], benchmarks/public-gemma.json of [gemma-full].
 
 FOLDER holds webquestions/validation.json (WebQuestions: qText and answers, CC BY 4.0), nq_open/validation.jsonl (NQ-open:
 question and answer, CC BY-SA 3.0) and instructions/user_oriented.jsonl (Self-Instruct: those without an input are the open
@@ -25,8 +26,9 @@ def rows(folder):
 
 
 if __name__ == '__main__':
-    folder, head = map(Path, sys.argv[1:])
-    found, out = list(rows(folder)), ROOT/'build/public'
+    folder, profile, to = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    head = ROOT/'judged'/profile/'seed-0/mix'
+    found, out = list(rows(folder)), ROOT/'build/public'/profile
     out.mkdir(parents=True, exist_ok=True)
     for corpus,most in MOST.items():
         mine = [x for x in found if x[0] == corpus]
@@ -35,9 +37,9 @@ if __name__ == '__main__':
                  for _,ask,answers in some]
         (out/f'{corpus}.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n', encoding='utf-8')
     data = [x for corpus in MOST for x in ('--data', str(out/f'{corpus}.jsonl'))]
-    subprocess.run(['simpledeco', 'compare', str(head), str(ROOT/'models/full'), *data, '--scale', str(SCALE), '--out', str(out/'found')],
+    subprocess.run(['simpledeco', 'compare', str(head), str(ROOT/'models'/profile), *data, '--scale', str(SCALE), '--out', str(out/'found')],
                    check=True)
     said = json.loads((out/'found/compare.json').read_text(encoding='utf-8'))
     made = {k: v for k,v in said.pop('made').items() if k not in ('head', 'prompts')}
     write = dict(head=head.name, rows=MOST, licences='CC BY 4.0, CC BY-SA 3.0, Apache-2.0', **said, made=made)
-    (ROOT/'benchmarks/public.json').write_text(json.dumps(write, indent=1) + '\n')
+    to.write_text(json.dumps(write, indent=1) + '\n')
