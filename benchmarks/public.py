@@ -37,8 +37,8 @@ if __name__ == '__main__':
                  for _,ask,answers in some]
         (out/f'{corpus}.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n', encoding='utf-8')
     data = [x for corpus in MOST for x in ('--data', str(out/f'{corpus}.jsonl'))]
-    subprocess.run(['simpledeco', 'compare', str(head), str(ROOT/'models'/profile), *data, '--scale', str(SCALE), '--out', str(out/'found')],
-                   check=True)
+    subprocess.run(['simpledeco', 'compare', str(head), str(ROOT/'models'/profile), *data, '--scale', str(SCALE),
+                    '--out', str(out/'found')], check=True)
     said = json.loads((out/'found/compare.json').read_text(encoding='utf-8'))
     made = {k: v for k,v in said.pop('made').items() if k not in ('head', 'prompts')}
     write = dict(head=head.name, rows=MOST, licences='CC BY 4.0, CC BY-SA 3.0, Apache-2.0', **said, made=made)
