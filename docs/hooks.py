@@ -154,6 +154,7 @@ BOARDS = {
     'The same, with the prompts of `make paper`': ('frontier', 'results/embedded/frontier.csv', None),
     'Questions and open prompts: Gemma-3-270M, pretrained only': ('frontier', 'results/gemma-full/frontier.csv', None),
     'Public questions and instructions: SmolLM2-135M': ('public', 'benchmarks/public.json', None),
+    'Public questions and instructions: Gemma-3-270M, pretrained only': ('public', 'benchmarks/public-gemma.json', None),
     'Questions, asked by lm-eval: SmolLM2-135M': ('harness', 'results/embedded/benchmarks.json', None),
     'Facts, creative: SmolLM2-135M': ('rungs', 'results/rungs/rungs_gains.csv', 'facts | creative'),
     'Plain questions, open requests, without a question mark: SmolLM2-135M': ('rungs', 'results/rungs/rungs_gains.csv', 'plain | openly'),

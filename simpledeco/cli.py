@@ -135,7 +135,6 @@ def _load(model, dtype, device):
     from simpledeco.decode import check_plain_logits
     from simpledeco.model import load_model
     logging.disable_progress_bar()
-    if model.endswith('.gguf'): raise ValueError(f'{model} is a GGUF file: `simpledeco prepare {model} FOLDER` makes a folder of it')
     try:
         loaded, tokenizer = load_model(model, dtype,
                                        device or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -308,16 +307,17 @@ def prescan(model:Model, out:Out, data:Data, max_examples:MostExamples=0,
 @app.command(epilog='Example: `simpledeco prepare gemma-3-270m.gguf models/gemma --chat-template questions --stop "\\n"`')
 def prepare(model:Annotated[str, typer.Argument(help='a GGUF file, a folder, or hub id of a causal language model')], out:Out,
             chat_template:Annotated[str, typer.Option(help='a file with a Jinja template, or `questions`: two questions with '
-                                                      "answers, then the one that is asked; default: the tokenizer's own")]='',
-            stop:Annotated[str, typer.Option(help='the text that ends an answer, \\n is a line break; '
-                                             "default: the model's own end")]=''):
+                                                      "answers, then the one that is asked; default: the tokenizer's own")]=None,
+            stop:Annotated[str, typer.Option(help="the text that ends an answer, beside the model's own end; \\n is a line break")]=None):
     "Write a base model or a GGUF file as a folder that all other commands take."
     from transformers import AutoTokenizer, GenerationConfig
     from transformers.utils import logging
     from simpledeco.conversations import end_tokens
     from simpledeco.prepare import prepare as write
     logging.disable_progress_bar()
-    write(model, out, chat_template, stop.replace('\\n', '\n'))
+    logging.set_verbosity_error() # what is wrong is said in one line
+    _check_out(out)
+    write(model, out, chat_template, stop and stop.replace('\\n', '\n'))
     ends = end_tokens(GenerationConfig.from_pretrained(out), AutoTokenizer.from_pretrained(out))
     console.print(f'{out}: {len(ends):,} token{"s"[:len(ends) != 1]} end an answer')
 

@@ -56,7 +56,7 @@ def load_model(
     place |= dict(dtype=dtype if dtype == 'auto' else torch_dtype(dtype), output_loading_info=True)
     place |= dict(ignore_mismatched_sizes=True) # they are refused by name
     model, loaded = _whole(path, lambda: AutoModelForCausalLM.from_pretrained(name, **options, **place))
-    _check_whole(path, model, loaded)
+    check_whole(path, model, loaded)
     return (model.eval().requires_grad_(False),
             _whole(path, lambda: AutoTokenizer.from_pretrained(name, **options)))
 
@@ -64,6 +64,8 @@ def load_model(
 def _check_there(path):
     "Raise an error for what is neither a folder with a model nor a name of the hub, before the hub is asked"
     if path in ready_heads(): raise ValueError(f'{path} is a head: the head comes first, and then the model')
+    if Path(path).is_file() or path.lower().endswith('.gguf'):
+        raise ValueError(f'{path} is a file, not a folder: `simpledeco prepare {path} FOLDER` makes one of a GGUF file')
     local = path.startswith(('.', '/', 'models/')) or path.count('/') > 1
     if local and not (Path(path)/'config.json').exists():
         raise FileNotFoundError(f'no model in {path}: the model of the ready heads is made there by '
@@ -90,13 +92,17 @@ def _whole(path, load):
 def _first_line(e): return next(iter(str(e).splitlines()), type(e).__name__)
 
 # %% ../nbs/25_model.ipynb #check-whole
-def _check_whole(path, model, loaded):
+def check_whole(
+    path:str|Path, # where it was loaded from
+    model,
+    loaded:dict, # what `from_pretrained` says with `output_loading_info`
+):
     "Raise `ValueError` unless every weight came from the files and is here"
     absent = sorted([*loaded['missing_keys'], *(k for k,*_ in loaded['mismatched_keys'])])
     if absent:
         raise ValueError(f'{path} lacks {len(absent)} of the weights of {type(model).__name__} '
                          f'({absent[0]}{", ..." if absent[1:] else ""}): '
-                         'copy or download the model again')
+                         'copy or download the model again, all parts of it')
     check_here(model)
 
 # %% ../nbs/25_model.ipynb #check-here

@@ -49,23 +49,26 @@ def _other_tiny(path, size=3000):
 
 # %% ../../nbs/41_models.ipynb #6aca8219
 def build_model(
-    spec:str, # package:MODULE/FILE, tiny: or other:MODULE/FILE, a GGUF file, NAME@REVISION of the hub, or a local folder
+    spec:str, # package:MODULE/FILE, tiny: or other:MODULE/FILE, a GGUF file, or the parts of one, a line each, NAME@REVISION of the hub, or a folder
     out:str|Path, # folder to write
     sha256:str='', # expected hash of the file; empty: not checked
     template:str='', # a chat template: its name, or a file; empty: the model's own
-    stop:str='', # the text that ends an answer; empty: the model's own end tokens
+    stop:str='', # the text that ends an answer, beside the model's own end tokens; empty: these alone
 )->Path: # the folder
     "Make a safetensors folder of the model that `spec` names, once"
     out = Path(out)
     if (out/'config.json').exists(): return out
-    kind, _, where = spec.partition(':')
-    makers = dict(package=read_gguf, tiny=_tiny_llama, other=_other_tiny)
-    if kind in makers or spec.endswith('.gguf'):
-        paths = [package_file(x) for x in where.split()] if kind in makers else [Path(spec)]
+    template = template_of(template) if template else None
+    kind, named, where = spec.partition(':')
+    makers, files = dict(package=read_gguf, tiny=_tiny_llama, other=_other_tiny), [Path(x) for x in spec.splitlines()]
+    if named and kind.isidentifier() and kind not in makers and not files[0].exists():
+        raise ValueError(f'there is no {kind}: for a model: write package:MODULE/FILE, a GGUF file, a folder, or NAME@REVISION of the hub')
+    if kind in makers or len(files) > 1 or files and files[0].is_file() or spec.lower().endswith('.gguf'):
+        paths = [package_file(x) for x in where.split()] if kind in makers else files
         with joined(paths, sha256) as file: model, tokenizer = makers.get(kind, read_gguf)(file)
     elif sha256: raise ValueError(f'{spec} is no file with a sha256: leave `sha256 =` empty, and name a commit as NAME@REVISION')
     else: model, tokenizer = _from_hub(spec)
-    if template or stop: as_chat(model, tokenizer, template and template_of(template), stop)
+    as_chat(model, tokenizer, template, stop or None)
     return save_whole(model, tokenizer, out)
 
 # %% ../../nbs/41_models.ipynb #2c5a1830
@@ -83,7 +86,9 @@ def model_folder(
 )->Path: # models/<profile>
     "The folder of the model of a profile, made if it is not there"
     p = load_profile(profile, root)
-    return build_model(p.model, p.root/'models'/profile, p.sha256, p.template, p.stop)
+    in_project = lambda name: str(p.root/name) if name and (p.root/name).exists() else name
+    model = '\n'.join(map(in_project, p.model.splitlines()))
+    return build_model(model, p.root/'models'/profile, p.sha256, in_project(p.template), p.stop)
 
 # %% ../../nbs/41_models.ipynb #models-main
 if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
@@ -91,4 +96,4 @@ if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
     parser.add_argument('profiles', nargs='+', help='sections of settings.ini')
     try:
         for name in parser.parse_args().profiles: print(model_folder(name))
-    except (ValueError, OSError) as e: sys.exit(f'simpledeco: {e}')
+    except (ValueError, OSError, ImportError) as e: sys.exit(f'simpledeco: {e}')

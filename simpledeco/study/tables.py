@@ -29,7 +29,7 @@ from .paper import show_number, table_tex, tex_text
 from .plan import AT, TASKS
 from .plots import (plot_auroc, plot_contract, plot_cost, plot_curves, plot_decomposition,
                                     plot_efficiency, plot_frontier, plot_lethality, plot_losses, plot_rungs,
-                                    plot_stability, plot_tradeoff, plot_v_curve, save)
+                                    plot_stability, plot_tradeoff, plot_transfer, plot_v_curve, save)
 from .results import AGAIN, read_results, read_table
 from .rungs import RUNGS
 from .strengths import curves_of
@@ -491,7 +491,8 @@ FIGURES = dict(
     rungs=Figure(('rungs_gains',), lambda c: plot_rungs(c.gains(), {
         'by prompt': 'over by prompt', 'static, min-p': 'over a constant', 'question mark': 'over question mark',
         'cross-entropy': 'over cross-entropy'}, 'T = 0.7')),
-    curves=Figure(('rungs',), lambda c: plot_curves(c.curves(), {x: RUNGS[x] for x in CURVES})))
+    curves=Figure(('rungs',), lambda c: plot_curves(c.curves(), {x: RUNGS[x] for x in CURVES})),
+    transfer=Figure(('ladder', 'rungs'), lambda c: plot_transfer(pd.read_csv(c.folder.parents[1]/'benchmarks/transfer.csv'))))
 
 # %% ../../nbs/19_tables.ipynb #tables-write
 def drawn(root, profile, mix, risk): # Drawn
