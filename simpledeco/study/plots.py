@@ -418,6 +418,7 @@ def plot_transfer(
                 of = rows[rows.kind == kind]
                 ax.plot(of[a], of[b], ls='', ms=3, mew=.6, label=kind, **how)
             ax.set(title=f'by {by}', xlabel=f'temperature on {a}')
-        axes[0].set_ylabel(f'temperature on {b}'); axes[0].legend()
+        axes[0].set_ylabel(f'temperature on {b}')
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3)
     plt.close(fig)
     return fig
