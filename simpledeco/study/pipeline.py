@@ -116,7 +116,8 @@ PRINTED = ('full', 'rungs', 'gemma', 'gemma-full') # the long profiles whose res
 
 def beside(profile): # results of other profiles, for the tables of both models
     return dict(full=made('gemma-full'),
-                gemma=[*made('rungs'), *made('full'), *made('gemma-full'), 'results/embedded/ladder.json', 'benchmarks/transfer.csv']).get(profile, [])
+                gemma=[*(x for p in ('rungs', 'full', 'gemma-full') for x in made(p)), 'results/embedded/ladder.json',
+                       'benchmarks/transfer.csv']).get(profile, [])
 
 def made(profile): return [f'results/{p}/run.json' for p in LONG if p in (profile, *(f'{profile}-{x}' for x in AGAIN))]
 
