@@ -81,8 +81,9 @@ def source_of(key): # 'benchmarks:public.n' -> 'benchmarks/public.json', 'small:
 
 # %% ../../nbs/18_paper.ipynb #bench
 # benchmarks that the paper cites
-CITED = ('public', 'public-gemma', 'transfer', 'vocabulary', 'many', 'sets-rungs-further', 'credit', 'meaning-rungs-further', 'meaning-gemma-further',
-         'inside-rungs-further', 'inside-gemma-further', 'inside-smollm2-again', 'inside-gemma-again', 'meaning-capital', 'gpu')
+CITED = ('public', 'public-gemma', 'transfer', 'vocabulary', 'many', 'sets-rungs-further', 'credit', 'meaning-rungs-further',
+         'meaning-gemma-further', 'inside-rungs-further', 'inside-gemma-further', 'inside-smollm2-again', 'inside-gemma-again',
+         'meaning-capital', 'gpu')
 
 def benchmark_numbers(
     root:Path, # the project
