@@ -604,6 +604,8 @@ def evaluate(context:typer.Context, head:Head, model:Model, scale:Scale=1.0):
     try: from simpledeco.harness import run
     except ModuleNotFoundError as e:
         raise ImportError(f'{e.name} is missing: run pip install ".[harness]" in the clone') from e
+    from simpledeco.model import check_there
+    check_there(model)
     run(context.args, pretrained=model, head=head, scale=scale)
 
 # %% ../nbs/35_cli.ipynb #dbd6b93e

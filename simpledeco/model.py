@@ -49,7 +49,7 @@ def load_model(
 ):
     "Load a frozen causal language model and its tokenizer: (model, tokenizer)"
     from transformers import AutoModelForCausalLM, AutoTokenizer # here, since a head does not wait for them
-    _check_there(str(path))
+    check_there(str(path))
     name, revision = split_source(str(path))
     place = dict(device_map=_checked_device(device)) if device != 'cpu' else {}
     options = dict(revision=revision, trust_remote_code=False)
@@ -61,8 +61,10 @@ def load_model(
             _whole(path, lambda: AutoTokenizer.from_pretrained(name, **options)))
 
 # %% ../nbs/25_model.ipynb #check-there
-def _check_there(path):
-    "Raise an error for what is neither a folder with a model nor a name of the hub, before the hub is asked"
+def check_there(
+    path:str, # a local folder, or NAME@REVISION of the hub
+):
+    "Raise `ValueError` or `FileNotFoundError` for what is neither a folder with a model nor a name of the hub, before the hub is asked"
     if path in ready_heads(): raise ValueError(f'{path} is a head: the head comes first, and then the model')
     if Path(path).is_file() or path.lower().endswith('.gguf'):
         raise ValueError(f'{path} is a file, not a folder: `simpledeco prepare {path} FOLDER` makes one of a GGUF file')

@@ -23,7 +23,7 @@ from .conversations import end_tokens, prompt_ids
 from .decode import check_plain_logits, divisor, min_p_filter, NEUTRAL, OFF
 from .files import read_json, whole_folder
 from .head import check_fits, TemperatureHead
-from .model import alike, load_model, read_output
+from .model import alike, check_there, load_model, read_output
 from .request import check_by_token
 from .sample import Answer
 
@@ -116,8 +116,9 @@ def serve_dir(
 def model_source(
     model:str|Path, # folder or hub id
 )->Path: # the folder, which for a hub id is in the cache
-    "The folder of a model. Raises `OSError` when the hub does not give it"
+    "The folder of a model. Raises `OSError` when the hub does not give it, `ValueError` for a file"
     if Path(model).is_dir(): return Path(model)
+    check_there(str(model))
     try: return Path(snapshot_download(str(model)))
     except OSError as e: raise OSError(f'cannot load model {model}: {e}') from e
 

@@ -68,6 +68,8 @@ def test_reference_text_is_read_to_its_end(work):
 @pytest.mark.parametrize('arguments, message', [
     (['prescan', 'base', 'x', '--data', 'sums.jsonl'], '--chat-template questions'),
     (['answer', GGUF, 'x', '--data', 'sums.jsonl'], 'is a file, not a folder: `simpledeco prepare'),
+    (['evaluate', 'smollm2-by-token', GGUF, '--tasks', 'gsm8k'], 'is a file, not a folder: `simpledeco prepare'),
+    (['serve-dir', 'smollm2-by-token', GGUF, 'x'], 'is a file, not a folder: `simpledeco prepare'),
     (['prepare', 'base', 'made', '--chat-template', 'questions'], 'made exists'),
     (['prepare', 'base', 'x', '--chat-template', 'nowhere.jinja'], 'no chat template nowhere.jinja'),
     (['prepare', 'base', 'x'], 'this model has no chat template: pass a chat template'),
