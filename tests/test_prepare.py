@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from conftest import ROOT
 from simpledeco.prepare import joined, package_file
-from simpledeco.study.models import build_model
+from simpledeco.study.models import build_model, model_folder
 from simpledeco.study.settings import load_profile
 from simpledeco.table import TokenTable
 
@@ -137,6 +137,15 @@ def test_parts_in_settings_are_joined_wherever_they_lie(tmp_path):
     assert one.keys() == two.keys() and all((one[k] == two[k]).all() for k in one)
     with pytest.raises(ValueError, match=f'{parts[1]}, {parts[0]} is not a GGUF file'):
         build_model('\n'.join(map(str, parts[::-1])), tmp_path/'x', '', 'questions', '\n')
+
+
+def test_a_path_in_settings_is_seen_from_the_project(tmp_path, monkeypatch):
+    root, elsewhere = tmp_path/'project', tmp_path/'elsewhere'
+    shutil.copytree(SMOKE, root/'given/base'); elsewhere.mkdir()
+    (root/'settings.ini').write_text((ROOT/'settings.ini').read_text() + '\n[given]\nmodel = given/base\nmax_examples = 12\n')
+    monkeypatch.chdir(elsewhere)
+    made = load_file(model_folder('given', root)/'model.safetensors')
+    assert all((made[k] == w).all() for k,w in load_file(SMOKE/'model.safetensors').items()) and not list(elsewhere.iterdir())
 
 
 def test_a_base_model_in_settings_wants_a_template(tmp_path):
